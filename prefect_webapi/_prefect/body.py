@@ -1,0 +1,265 @@
+"""What runs inside a task: describe the job, hand it to the engine, wait, return its end as a state.
+
+One function per colour. An interrupt never passes silently: the job is deleted under a shield with a
+deadline, or left on purpose, before the task ends.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any, Literal, cast
+
+import anyio
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.context import TaskRunContext
+from prefect.states import Crashed
+from prefect.transactions import get_transaction
+from pydantic import BaseModel, ValidationError
+
+from prefect_webapi._prefect import states
+from prefect_webapi._prefect.causes import INTERRUPTS, Cause, cause_of
+from prefect_webapi._prefect.identity import Chain, caller, chain_here
+from prefect_webapi._prefect.reports import Display, TaskRunReporter
+from prefect_webapi.contract.errors import ConfigurationError, EngineClosed, WebApiError
+from prefect_webapi.contract.faults import explain
+from prefect_webapi.contract.task import JobSpec
+from prefect_webapi.engine.host import HostApi, Ticket
+from prefect_webapi.engine.request import JobRequest, Outcome, Overrides
+
+__all__ = ["Engine", "Job", "Unsaved", "run_async", "run_sync"]
+
+CANCEL_SECONDS = 25.0
+"""Longest wait for the end of a cancelled job: a worker kills the process 30 s after it asked."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unsaved:
+    """A block that was never saved. It holds secrets, so it does not travel to another process."""
+
+    block: Any
+
+    def __reduce__(self) -> tuple[type[Unsaved], tuple[None]]:
+        return Unsaved, (None,)
+
+    def get(self) -> Any:
+        if self.block is None:
+            raise ConfigurationError(
+                "the task's connection is a block that was never saved, and secrets don't travel to other "
+                'processes. Save the block and name it: connection="NAME".'
+            )
+        return self.block
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What a remote task is made of besides Prefect's options. Pickled with the task.
+
+    Attributes:
+        describe: the user's function, or the spec's class: arguments to spec.
+        key: names the task in a job's identity; stable over edits of its file and its place.
+        chain: the runs around the call, put on the copy that `submit` and `map` hand to a runner.
+    """
+
+    task_type: str
+    describe: Callable[..., Any]
+    key: str
+    connection: str | Unsaved | None = None
+    plugin: str | None = None
+    idempotency_key: str | None = None
+    deadline: timedelta | None = None
+    on_exit: Literal["cancel", "leave"] = "cancel"
+    reuse_results: bool | None = None
+    on_unknown_create: Literal["fail", "retry"] | None = None
+    chain: Chain | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """What the body needs of this process."""
+
+    host: HostApi
+    display: Display
+    run_key: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """One attempt of a task run that waits for its job."""
+
+    ticket: Ticket
+    reporter: TaskRunReporter
+    job: Job
+
+    def interrupted(self, interrupt: BaseException) -> Cause:
+        """Tell the engine what to do with the job."""
+        cause = cause_of(interrupt)
+        if self.job.on_exit == "leave" and not cause.is_task_timeout:
+            cause = replace(cause, leaves_job=True)
+        if cause.leaves_job:
+            self.ticket.detach()
+        else:
+            self.ticket.cancel(cause.reason)
+        return cause
+
+
+async def run_async(
+    job: Job, start: Callable[[], Engine], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Any:
+    """The body of an async task. Outside its own task run it only returns the spec."""
+    try:
+        described = job.describe(*args, **kwargs)
+        if inspect.isawaitable(described):
+            described = await described
+    except ValidationError as found:
+        raise _explained(found) from None
+    spec, context = _checked(job, described), _own_context(job)
+    if context is None:
+        return spec
+    call = _admit(job, spec, context, start())
+    try:
+        try:
+            return _state(await call.ticket.outcome())
+        except INTERRUPTS as interrupt:
+            cause = call.interrupted(interrupt)
+            if cause.leaves_job:
+                raise
+            outcome = await _until_stopped(call.ticket)
+            if cause.is_task_timeout:
+                raise
+            return _cancelled(cause, outcome, interrupt)
+    except EngineClosed as error:
+        return _left(error)
+    finally:
+        call.reporter.close()
+
+
+def run_sync(
+    job: Job, start: Callable[[], Engine], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Any:
+    """The body of a sync task."""
+    try:
+        described = job.describe(*args, **kwargs)
+    except ValidationError as found:
+        raise _explained(found) from None
+    spec, context = _checked(job, described), _own_context(job)
+    if context is None:
+        return spec
+    call = _admit(job, spec, context, start())
+    try:
+        try:
+            return _state(call.ticket.outcome_blocking())
+        except INTERRUPTS as interrupt:
+            cause = call.interrupted(interrupt)
+            if cause.leaves_job:
+                raise
+            outcome = _until_stopped_blocking(call.ticket)
+            if cause.is_task_timeout:
+                raise
+            return _cancelled(cause, outcome, interrupt)
+    except EngineClosed as error:
+        return _left(error)
+    finally:
+        call.reporter.close()
+
+
+def _own_context(job: Job) -> TaskRunContext | None:
+    """The context of the task run that this body is; None where somebody called the function itself."""
+    context = TaskRunContext.get()
+    own = getattr(context.task, "job", None) if context else None
+    return context if isinstance(own, Job) and own.describe is job.describe else None
+
+
+def _explained(found: ValidationError) -> Exception:
+    return explain(found, subject=f"the spec ({found.title})")
+
+
+def _checked(job: Job, described: Any) -> JobSpec[Any]:
+    if isinstance(described, JobSpec):
+        return cast(JobSpec[Any], described)
+    kind = type(described).__name__
+    raise ConfigurationError(
+        f"the function of a {job.task_type!r} task describes its job: it must return a JobSpec, "
+        f"and {job.key} returned {kind}"
+    )
+
+
+def _admit(job: Job, spec: JobSpec[Any], context: TaskRunContext, engine: Engine) -> _Call:
+    own = getattr(context.task, "job", job)  # with_options changed the task, not the function
+    run: TaskRun = context.task_run
+    reporter = TaskRunReporter(engine.display)
+    connection = own.connection.get() if isinstance(own.connection, Unsaved) else own.connection
+    request = JobRequest(
+        task_type=own.task_type,
+        spec=spec,
+        task_key=own.key,
+        task_name=context.task.name,
+        caller=caller(
+            run,
+            chain=own.chain or chain_here(own=run.id),
+            run_key=engine.run_key,
+            retries=context.task.retries,
+            idempotency_key=own.idempotency_key,
+        ),
+        reporter=reporter,
+        connection="default" if connection is None else connection,
+        plugin=own.plugin,
+        inputs=_inputs(context),
+        options=Overrides(
+            deadline=own.deadline,
+            reuse_results=own.reuse_results,
+            on_unknown_create=own.on_unknown_create,
+            on_exit=own.on_exit,
+        ),
+    )
+    return _Call(engine.host.admit(request), reporter, own)
+
+
+def _inputs(context: TaskRunContext) -> dict[str, Any]:
+    return {
+        name: value.model_copy() if isinstance(value, BaseModel) else value
+        for name, value in context.parameters.items()
+    }
+
+
+def _state(outcome: Outcome) -> State[Any]:
+    state = states.ending(outcome)
+    if not state.is_completed():
+        _keep_out_of_caches()
+    return state
+
+
+def _cancelled(cause: Cause, outcome: Outcome | None, by: BaseException) -> State[Any]:
+    _keep_out_of_caches()
+    return states.cancelled(cause.reason, outcome, by=by)
+
+
+def _left(error: EngineClosed) -> State[Any]:
+    _keep_out_of_caches()
+    return Crashed(message=str(error), data=error)
+
+
+def _keep_out_of_caches() -> None:
+    """Prefect would store the data of a Crashed or Cancelled state as the result of a cache key."""
+    transaction = get_transaction()
+    if transaction is not None:
+        transaction.write_on_commit = False
+
+
+async def _until_stopped(ticket: Ticket) -> Outcome | None:
+    """How the job ended; None when that isn't known in time. The delete goes on in any case."""
+    with anyio.CancelScope(shield=True), anyio.move_on_after(CANCEL_SECONDS):
+        try:
+            return await ticket.outcome()
+        except WebApiError:
+            return None
+    return None
+
+
+def _until_stopped_blocking(ticket: Ticket) -> Outcome | None:
+    try:
+        return ticket.outcome_blocking()
+    except WebApiError:
+        return None

@@ -1,0 +1,91 @@
+"""The engine's parts put together for a process that runs Prefect tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import AsyncExitStack
+from typing import Any
+
+import anyio
+
+from prefect_webapi._prefect.api import Api
+from prefect_webapi._prefect.connections import BlockConnections
+from prefect_webapi._prefect.options import Options
+from prefect_webapi._prefect.outputs import ResultStorage
+from prefect_webapi._prefect.reports import Display
+from prefect_webapi._prefect.secrets import BlockSecrets
+from prefect_webapi._prefect.slots import PrefectSlots
+from prefect_webapi.clock import Clock
+from prefect_webapi.engine.liveness import this_process
+from prefect_webapi.engine.runtime import Runtime
+from prefect_webapi.engine.services import Services
+from prefect_webapi.ledger.records import RuntimeRow
+from prefect_webapi.ledger.sql import SqlStore
+from prefect_webapi.limiter import Gates
+from prefect_webapi.metrics import Metrics
+from prefect_webapi.quotas import Quotas
+from prefect_webapi.registry import Plugins, default_registry
+
+__all__ = ["make_runtime"]
+
+Background = Callable[[], Coroutine[Any, Any, None]]
+
+
+class _Runtime(Runtime):
+    """A runtime with work of ours beside it on the same loop: shown states, links, watching."""
+
+    def __init__(
+        self,
+        services: Services,
+        me: RuntimeRow,
+        *,
+        api: Api,
+        slots: PrefectSlots,
+        background: Sequence[Background],
+    ) -> None:
+        super().__init__(services, me)
+        self._api = api
+        self._slots = slots
+        self._background = background
+
+    async def run(self, ready: Callable[[], None]) -> None:
+        failure: Exception | None = None
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(self._api)
+            await stack.enter_async_context(self._slots)
+            async with anyio.create_task_group() as group:
+                for work in self._background:
+                    group.start_soon(work)
+                try:
+                    await super().run(ready)
+                except Exception as error:  # noqa: BLE001 - raised below, not as a group of one
+                    failure = error
+                group.cancel_scope.cancel()
+        if failure is not None:
+            raise failure
+
+
+def make_runtime(options: Options, display: Display, watch: Background | None = None) -> Runtime:
+    """Called on the runtime's loop."""
+    clock, metrics = Clock(), Metrics()
+    me, api, slots = this_process(clock.now()), Api(), PrefectSlots(clock)
+    services = Services(
+        runtime_id=me.id,
+        clock=clock,
+        store=SqlStore(options.ledger_url.get_secret_value(), clock=clock),
+        plugins=Plugins(
+            default_registry,
+            BlockConnections(api),
+            metrics=metrics,
+            clock=clock,
+            overrides=options.overrides(),
+            disabled=options.disabled_plugins,
+        ),
+        gates=Gates(clock, metrics),
+        quotas=Quotas(slots, clock=clock, metrics=metrics),
+        secrets=BlockSecrets(api),
+        outputs=ResultStorage(),
+        metrics=metrics,
+    )
+    background = [display.run] if watch is None else [display.run, watch]
+    return _Runtime(services, me, api=api, slots=slots, background=background)

@@ -1,0 +1,88 @@
+"""Secrets, looked up anew at each use: a Prefect Secret block, the connection's block, the environment."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from typing import Any, cast
+
+from prefect.blocks.system import Secret
+from prefect.exceptions import ObjectNotFound
+from pydantic import BaseModel, SecretBytes, SecretStr
+
+from prefect_webapi._prefect.api import Api
+from prefect_webapi.contract.errors import SecretNotFound
+
+__all__ = ["BlockSecrets"]
+
+
+class BlockSecrets:
+    """`engine.Secrets`. The first place that has the key wins, in the order of the module's first line."""
+
+    def __init__(self, api: Api) -> None:
+        self._api = api
+
+    async def get(self, key: str, connection: Any) -> str:
+        """The present value.
+
+        The Secret block is the one named `key`, as block documents are named: in small letters with
+        dashes. A field of the connection may be reached by dots: `auth.token`. The variable is the key
+        itself.
+
+        Raises:
+            SecretNotFound: names the key and the places searched.
+            PrefectUnavailable: whether there is a Secret block can't be found out.
+        """
+        document = re.sub(r"[^a-z0-9]+", "-", key.lower()).strip("-")
+        value = await self._from_block(document)
+        if value is None:
+            value = _from_field(connection, key)
+        if value is None:
+            value = os.environ.get(key)
+        if value is None:
+            kind = type(connection).__name__
+            searched = (
+                f"Secret block {document!r}",
+                f"field {key!r} of the connection's block {kind}",
+                f"environment variable {key!r}",
+            )
+            raise SecretNotFound(key, searched)
+        return value
+
+    async def _from_block(self, document: str) -> str | None:
+        if not document:
+            return None
+        slug = Secret.get_block_type_slug()
+        try:
+            found = await self._api.ask(
+                f"read block {slug}/{document}",
+                lambda client: client.read_block_document_by_name(document, slug),
+            )
+        except ObjectNotFound:
+            return None
+        return _text(Secret[Any].model_validate(found.data).get())
+
+
+def _from_field(connection: Any, path: str) -> str | None:
+    value: Any = connection
+    for name in path.split("."):
+        reveal = getattr(value, "get_secret_value", None)
+        if callable(reveal):
+            value = reveal()
+        if isinstance(value, BaseModel) and name in type(value).model_fields:
+            value = getattr(value, name)
+        elif isinstance(value, Mapping):
+            value = cast(Mapping[str, Any], value).get(name)
+        else:
+            return None
+    return None if value is None or isinstance(value, BaseModel) else _text(value)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, SecretStr):
+        value = value.get_secret_value()
+    if isinstance(value, SecretBytes):
+        value = value.get_secret_value().decode()
+    return value if isinstance(value, str) else json.dumps(value)

@@ -1,0 +1,90 @@
+"""The one engine of this process: started by the first job, closed in order at exit, afresh after a fork."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+
+from prefect_webapi._prefect.body import Engine
+from prefect_webapi._prefect.options import Options
+from prefect_webapi._prefect.reports import Display
+
+__all__ = ["close", "engine", "instead"]
+
+
+class _Process:
+    """What belongs to one process id."""
+
+    def __init__(self) -> None:
+        self.pid = os.getpid()
+        self.lock = threading.Lock()
+        self.engine: Engine | None = None
+        self.close: Callable[[], None] | None = None
+
+
+_process = _Process()
+
+
+def _here() -> _Process:
+    if _process.pid != os.getpid():  # a fork that went past `register_at_fork`
+        _forget()
+    return _process
+
+
+def _forget() -> None:
+    global _process
+    _process = _Process()
+
+
+os.register_at_fork(after_in_child=_forget)
+
+
+def engine(load: Callable[[], Options]) -> Engine:
+    """This process's engine; the first call makes it, from what `load` returns.
+
+    Raises:
+        ConfigurationError: the settings are wrong.
+        LedgerError: the ledger can't be used.
+    """
+    here = _here()
+    with here.lock:
+        if here.engine is None:
+            here.engine, here.close = _make(load())
+    return here.engine
+
+
+def close() -> None:
+    """Stop admitting, leave what is alive to the next process, end the engine's thread."""
+    here = _here()
+    with here.lock:
+        end, here.engine, here.close = here.close, None, None
+    if end is not None:
+        end()
+
+
+atexit.register(close)
+
+
+@contextmanager
+def instead(made: Engine) -> Generator[None]:
+    """For tests: let `made` be this process's engine."""
+    here = _here()
+    before = here.engine, here.close
+    here.engine, here.close = made, None
+    try:
+        yield
+    finally:
+        here.engine, here.close = before
+
+
+def _make(options: Options) -> tuple[Engine, Callable[[], None]]:
+    """The one place where the engine meets its adapters."""
+    from prefect_webapi._prefect.runtime import make_runtime
+    from prefect_webapi.engine.host import Host
+
+    display = Display(options.state_events_per_second)
+    host = Host(lambda: make_runtime(options, display))
+    return Engine(host, display, options.run_key), host.close

@@ -1,0 +1,129 @@
+"""Names that survive a crash: the fingerprint of a job, its key, and names fitted to a service's rules.
+
+A job's identity is (base, ordinal, attempt). The base is what the call is: the run key, the task and
+the fingerprint of what it sends, or the user's own idempotency key. The ordinal parts equal calls, the
+attempt parts retries. Nothing that Prefect draws anew at a re-run is in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any, NewType
+
+from pydantic import BaseModel
+
+__all__ = [
+    "Base",
+    "Fingerprint",
+    "JobKey",
+    "base_of",
+    "fingerprint_of",
+    "fit_name",
+    "idempotent_base",
+    "is_visible",
+    "job_key",
+    "lowest_free",
+]
+
+JobKey = NewType("JobKey", str)
+Fingerprint = NewType("Fingerprint", str)
+Base = NewType("Base", str)
+
+Levels = Mapping[str, str]
+"""Enclosing runs of a call: run id to the id of its Running state."""
+
+_DIGITS = "abcdefghijklmnopqrstuvwxyz0123456789"
+_HASH_CHARS = 25  # of 36 symbols: 129 bits
+_MIN_MAX_LENGTH = _HASH_CHARS + 1
+
+
+def canonical_json(value: object) -> str:
+    """JSON with sorted keys and no blanks: equal data gives equal text in every process."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def _sha256(value: object) -> str:
+    return hashlib.sha256(canonical_json(value).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def fingerprint_of(task_type: str, connection: str, spec: BaseModel) -> Fingerprint:
+    """Hash of everything that `create` would send, never of secrets.
+
+    Raises:
+        pydantic_core.PydanticSerializationError: a field of the spec has no JSON form.
+    """
+    return Fingerprint(_sha256([task_type, connection, spec.model_dump(mode="json")]))
+
+
+def base_of(run_key: str, task_key: str, fingerprint: Fingerprint) -> Base:
+    """Identity of a call without ordinal and attempt."""
+    return Base(_sha256([run_key, task_key, fingerprint]))
+
+
+def idempotent_base(idempotency_key: str) -> Base:
+    """Identity of a call that the user named: equal names meet in every run."""
+    return Base(_sha256(["idempotency_key", idempotency_key]))
+
+
+def job_key(base: Base, ordinal: int, attempt: int) -> JobKey:
+    """26 characters of `[a-z0-9]`, the first a letter, 129 bits of the hash kept."""
+    return JobKey(_short_hash(f"{base}:{ordinal}:{attempt}"))
+
+
+def _short_hash(text: str) -> str:
+    number = int.from_bytes(hashlib.sha256(text.encode()).digest(), "big")
+    digits: list[str] = []
+    for _ in range(_HASH_CHARS):
+        number, digit = divmod(number, len(_DIGITS))
+        digits.append(_DIGITS[digit])
+    return "j" + "".join(digits)
+
+
+def fit_name(name: str, min_length: int, max_length: int) -> str:
+    """Bring `name` to a length between both bounds (included), by `[a-z0-9-]`, a letter first.
+
+    Short names are padded on the right with `0`; of long ones a beginning is kept and the rest becomes a
+    hash of 129 bits over the whole name.
+
+    Raises:
+        ValueError: `max_length` is below 26, where the hash would no longer tell names apart, or below
+            `min_length`.
+    """
+    if max_length < _MIN_MAX_LENGTH:
+        raise ValueError(f"max_length is {max_length}; below {_MIN_MAX_LENGTH} names could collide")
+    if min_length > max_length:
+        raise ValueError(f"min_length {min_length} is above max_length {max_length}")
+    clean = "".join(c if c in _DIGITS else "-" for c in name.lower())
+    if clean != name or not clean[:1].isalpha() or len(clean) > max_length:
+        kept = f"j-{clean}" if not clean[:1].isalpha() else clean
+        kept = kept[: max_length - _MIN_MAX_LENGTH - 1].rstrip("-")
+        clean = f"{kept}-{_short_hash(name)}" if kept else _short_hash(name)
+    return clean.ljust(min_length, "0")
+
+
+def is_visible(claim_levels: Levels, mine: Levels) -> bool:
+    """Whether a claim of the same execution of the root run counts for this caller.
+
+    A claim made in an earlier execution of a subflow or of an enclosing task does not: that one runs
+    again, and its calls shall meet their own jobs.
+    """
+    return all(mine.get(run, state) == state for run, state in claim_levels.items())
+
+
+def lowest_free(taken: Iterable[int]) -> int:
+    """The lowest ordinal not in `taken`."""
+    numbers = set(taken)
+    return next(n for n in range(len(numbers) + 1) if n not in numbers)
+
+
+def json_value(value: Any) -> Any:
+    """`value` as JSON data, for inputs: what pydantic can serialise.
+
+    Raises:
+        pydantic_core.PydanticSerializationError: it has no JSON form.
+    """
+    from pydantic_core import to_jsonable_python
+
+    return to_jsonable_python(value)

@@ -1,0 +1,57 @@
+"""End a job that may be alive: the duty is written down first and stands until the job is gone."""
+
+from __future__ import annotations
+
+import logging
+
+from prefect_webapi.contract.errors import NotFound, RemoteError, Throttled
+from prefect_webapi.engine.calls import Calls
+from prefect_webapi.engine.faults import fault_point
+from prefect_webapi.engine.job import Ending, Job, persist
+from prefect_webapi.engine.machine import Event
+from prefect_webapi.engine.services import Services
+from prefect_webapi.engine.submit import back_off
+from prefect_webapi.ledger.records import JobState
+
+__all__ = ["ask_to_end"]
+
+logger = logging.getLogger(__name__)
+
+
+async def ask_to_end(services: Services, calls: Calls, job: Job, ending: Ending) -> None:
+    """Write the duty down and send delete until the service has taken it or the job is over.
+
+    That the service took it is not the end: the caller goes on reading the job until it is gone.
+
+    Raises:
+        LedgerConflict: another process owns the job now, and with it the duty.
+    """
+    if job.record.state is JobState.CREATED:
+        fault_point("KP-21")
+        await persist(
+            services,
+            job,
+            Event.END_ASKED,
+            cancel_reason=ending.reason,
+            stopped_by_us=True,
+        )
+    job.request.reporter.cancelling(job.record, ending.reason)
+    settings = job.loaded.settings
+    tries = 0
+    while job.record.state is JobState.CANCELLING:
+        await calls.permit(job.loaded, "write")
+        fault_point("KP-22")
+        try:
+            await calls.delete(job.loaded, job.handle, ending.reason)
+        except NotFound:
+            return  # over or not yet visible: the reads that follow decide
+        except RemoteError as error:
+            tries += 1
+            logger.warning(
+                "delete of job %s failed, it is repeated: %s", job.record.key, error.message
+            )
+            if not isinstance(error, Throttled):
+                await services.clock.sleep(back_off(tries, settings.retry_base, settings.retry_cap))
+        else:
+            fault_point("KP-24")
+            return

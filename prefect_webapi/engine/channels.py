@@ -1,0 +1,196 @@
+"""What the jobs of one plugin's connection share: poller, bound on tracked jobs, quotas; kept up to date."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import anyio
+import anyio.abc
+
+from prefect_webapi.contract.errors import WebApiError
+from prefect_webapi.contract.plugin import AsyncPlugin
+from prefect_webapi.engine.calls import Calls
+from prefect_webapi.engine.services import Services
+from prefect_webapi.poller import Observation, Poller, ReadingPolicy
+from prefect_webapi.registry import Loaded
+
+__all__ = ["Capacity", "Channel", "Channels", "limit_name"]
+
+logger = logging.getLogger(__name__)
+
+
+class Capacity:
+    """Bounds the jobs that one plugin's connection tracks; first come, first served."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._taken = 0
+        self._queue: deque[anyio.Event] = deque()
+
+    @property
+    def size(self) -> int:
+        return self._size
+
+    @property
+    def is_full(self) -> bool:
+        return self._taken >= self._size or bool(self._queue)
+
+    def resize(self, size: int) -> None:
+        """Change the bound; jobs above a lower one stay."""
+        self._size = size
+        self._wake()
+
+    async def take(self) -> None:
+        if not self.is_full:
+            self._taken += 1
+            return
+        turn = anyio.Event()
+        self._queue.append(turn)
+        try:
+            await turn.wait()
+        except BaseException:
+            if turn.is_set():
+                self.give()
+            else:
+                self._queue.remove(turn)
+            raise
+
+    def give(self) -> None:
+        self._taken -= 1
+        self._wake()
+
+    def _wake(self) -> None:
+        while self._queue and self._taken < self._size:
+            self._taken += 1
+            self._queue.popleft().set()
+
+
+@dataclass(slots=True)
+class Channel:
+    """One plugin's connection. `quotas`: ``dict[namespace, jobs]`` as last registered."""
+
+    loaded: Loaded
+    poller: Poller
+    capacity: Capacity
+    quotas: dict[str, int]
+
+
+class _Reading:
+    """Reads for a poller, through the gate."""
+
+    def __init__(self, calls: Calls, loaded: Loaded) -> None:
+        self._calls = calls
+        self._loaded = loaded
+
+    async def one(self, context: Any) -> Any:
+        return await self._calls.get(self._loaded, context.resource_meta)
+
+    async def many(self, contexts: Sequence[Any]) -> Sequence[Any | Exception | None]:
+        return await self._calls.get_many(self._loaded, contexts)
+
+
+class Channels:
+    """All channels of a runtime. Pollers run in the runtime's task group.
+
+    Args:
+        deliver: takes the pollers' observations.
+    """
+
+    def __init__(
+        self,
+        services: Services,
+        calls: Calls,
+        tasks: anyio.abc.TaskGroup,
+        deliver: Callable[[Observation], Awaitable[None]],
+    ) -> None:
+        self._services = services
+        self._calls = calls
+        self._tasks = tasks
+        self._deliver = deliver
+        self._channels: dict[tuple[str, str], Channel] = {}
+
+    def __iter__(self) -> Iterable[Channel]:
+        return iter(list(self._channels.values()))
+
+    def of(self, loaded: Loaded) -> Channel:
+        """The channel of a plugin that was opened before."""
+        return self._channels[_key(loaded)]
+
+    async def open(self, loaded: Loaded) -> Channel:
+        """The channel of this plugin and connection, brought up to date with `loaded`."""
+        channel = self._channels.get(_key(loaded))
+        if channel is None:
+            poller = Poller(
+                _reading_policy(loaded),
+                _Reading(self._calls, loaded),
+                self._deliver,
+                self._services.clock,
+            )
+            channel = Channel(loaded, poller, Capacity(loaded.config.caching.size), {})
+            self._channels[_key(loaded)] = channel
+            self._tasks.start_soon(poller.run)
+            await self._set_quotas(channel)
+        elif channel.loaded is not loaded:
+            await self._update(channel, loaded)
+        return channel
+
+    async def look_at_blocks(self) -> None:
+        """Let edited blocks take effect; live jobs go on."""
+        for channel in list(self._channels.values()):
+            if channel.loaded.connection.inline:
+                continue
+            try:
+                fresh = await self._services.plugins.refresh(channel.loaded)
+                if fresh is not channel.loaded:
+                    await self._update(channel, fresh)
+            except (WebApiError, OSError) as error:
+                logger.warning(
+                    "the block of plugin %s can't be read again: %s", channel.loaded.entry.id, error
+                )
+
+    @property
+    def look_every(self) -> float | None:
+        """Seconds between two looks at the blocks; None: there is nothing to look at."""
+        return min((c.poller.policy.longest for c in self._channels.values()), default=None)
+
+    async def _update(self, channel: Channel, loaded: Loaded) -> None:
+        channel.loaded = loaded
+        channel.poller.policy = _reading_policy(loaded)
+        channel.capacity.resize(loaded.config.caching.size)
+        self._calls.gate(loaded).configure(
+            loaded.config.read_rate_limiter, loaded.config.write_rate_limiter
+        )
+        await self._set_quotas(channel)
+
+    async def _set_quotas(self, channel: Channel) -> None:
+        wanted = {str(n): limit for n, limit in channel.loaded.config.resource_quotas.items()}
+        for namespace, limit in wanted.items():
+            if channel.quotas.get(namespace) != limit:
+                name = limit_name(channel.loaded, namespace)
+                await self._services.store.set_quota(name, limit)
+                await self._services.quotas.configure(name, limit)
+        channel.quotas = wanted
+
+
+def _key(loaded: Loaded) -> tuple[str, str]:
+    return loaded.entry.id, loaded.connection.name
+
+
+def limit_name(loaded: Loaded, namespace: str) -> str:
+    """The Prefect limit of a namespace, which comes last since it may contain `:`."""
+    return f"webapi:{loaded.entry.id}:{loaded.connection.name}:{namespace}"
+
+
+def _reading_policy(loaded: Loaded) -> ReadingPolicy:
+    caching = loaded.config.caching
+    plugin = loaded.plugin
+    return ReadingPolicy(
+        initial=loaded.settings.initial_interval.total_seconds(),
+        longest=caching.resync_interval.total_seconds(),
+        workers=caching.workers,
+        max_batch=plugin.max_batch if isinstance(plugin, AsyncPlugin) else 1,
+    )

@@ -1,0 +1,119 @@
+"""Jobs of other processes and earlier runs: follow a living owner, take over from a dead one, hand results out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from prefect_webapi.contract.phase import Phase, PhaseInfo
+from prefect_webapi.contract.task import JobSpec
+from prefect_webapi.engine import machine
+from prefect_webapi.engine.job import Call, Ending
+from prefect_webapi.engine.liveness import is_alive
+from prefect_webapi.engine.machine import Event
+from prefect_webapi.engine.outputs import recall
+from prefect_webapi.engine.request import Outcome
+from prefect_webapi.engine.services import Services
+from prefect_webapi.ledger.records import JobState, Move, MoveResult, Record, RuntimeRow
+from prefect_webapi.quotas import SlotLease
+from prefect_webapi.registry import Loaded
+
+__all__ = ["Others", "hand_out", "take_over"]
+
+logger = logging.getLogger(__name__)
+
+FOLLOW_SECONDS = 0.5
+
+
+class Others:
+    """The other processes on this ledger."""
+
+    def __init__(self, services: Services, me: RuntimeRow) -> None:
+        self._services = services
+        self._me = me
+
+    async def drive(self, record: Record) -> bool:
+        """Whether another living process drives this job."""
+        if record.runtime == self._me.id:
+            return False
+        rows = {row.id: row for row in await self._services.store.runtimes()}
+        return is_alive(rows.get(record.runtime), me=self._me, now=self._services.clock.now())
+
+    async def follow(
+        self, record: Record, call: Call, ending: Callable[[], Ending | None]
+    ) -> Outcome | None:
+        """Wait while the other process drives the job.
+
+        None: it has ended, or its process has: look again. An outcome: this call no longer wants the job, and its
+        owner was asked to end it.
+        """
+        logger.info("job %s is driven by another process; following it", record.key)
+        while call.is_waiting:
+            wanted = ending()
+            if wanted is not None:
+                await self._services.store.ask_cancel([record.key], wanted.reason)
+                return Outcome(
+                    job_key=record.key,
+                    fingerprint=record.fingerprint,
+                    info=wanted.final(),
+                    stopped_by_us=True,
+                )
+            await self._services.clock.sleep(FOLLOW_SECONDS)
+            now = await self._services.store.get(record.key)
+            if now is None or now.state.is_over or not await self.drive(now):
+                return None
+        return call.future.result()
+
+
+async def take_over(services: Services, record: Record) -> Record | None:
+    """Become the owner of a dead process's job (or of one that this process had let go); None: look again."""
+    move = Move(
+        old=record,
+        state=record.state,
+        at=record.updated_at,
+        take_over=True,
+        runtime=services.runtime_id,
+    )
+    if await services.store.move(move) is not MoveResult.OK:
+        return None
+    return await services.store.get(record.key)
+
+
+async def hand_out(
+    services: Services, record: Record, spec: JobSpec[Any], loaded: Loaded
+) -> Outcome:
+    """The result that the ledger keeps of a job that is over: no remote call is made."""
+    info = record.details.phase or PhaseInfo.system_failure("Unknown", "the record has no phase")
+    value = None
+    if info.phase is Phase.SUCCESS:
+        try:
+            value = await recall(services, spec, record.details.outputs)
+        except LookupError:
+            info = PhaseInfo.system_failure(
+                "ResultExpired",
+                f"job {record.key} succeeded, but its stored result is gone; run it again with reuse_results=False",
+            )
+    if record.state is not JobState.CLOSED:
+        await _close(services, record)
+    return Outcome(
+        job_key=record.key,
+        fingerprint=record.fingerprint,
+        info=info,
+        value=value,
+        stopped_by_us=record.details.stopped_by_us,
+        settings=loaded.settings,
+    )
+
+
+async def _close(services: Services, record: Record) -> None:
+    """Finish what a dead process left undone on a job that is over."""
+    taken = await take_over(services, record)
+    if taken is None:
+        return
+    lease = record.details.lease
+    if record.quota is not None and lease is not None:
+        slot = SlotLease(id=lease.id, until=lease.until)
+        services.quotas.release(record.quota, slot, weight=record.weight)
+    state = machine.next_state(taken.state, Event.SETTLED)
+    await services.store.move(Move(old=taken, state=state, at=services.clock.now()))

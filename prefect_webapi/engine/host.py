@@ -1,0 +1,191 @@
+"""The one thread and loop that own the runtime; the thread-safe door to it.
+
+Flows run on loops and threads of their own, and HTTP clients, limiters and the ledger belong to one loop. So a task
+only hands a job over and waits for its outcome; everything else happens here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import logging
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from typing import Protocol
+
+from prefect_webapi.contract.errors import EngineClosed, WebApiError
+from prefect_webapi.engine.job import Call
+from prefect_webapi.engine.request import JobRequest, Outcome
+from prefect_webapi.engine.runtime import Runtime
+
+__all__ = ["Host", "HostApi", "Ticket"]
+
+logger = logging.getLogger(__name__)
+
+STEP_SECONDS = 0.2
+"""A blocking wait is cut into steps of this length, so that signals get through."""
+START_SECONDS = 60.0
+STOP_SECONDS = 30.0
+
+
+class Ticket(Protocol):
+    """A call's place in the engine: thread-safe, bound to no loop."""
+
+    async def outcome(self) -> Outcome:
+        """Wait on the caller's loop, whichever it is. Cancelling the wait changes nothing remotely."""
+        ...
+
+    def outcome_blocking(self) -> Outcome:
+        """Wait in the caller's thread, in short steps so that signals get through."""
+        ...
+
+    def cancel(self, reason: str) -> None:
+        """The job shall end (user intent). The outcome comes as ABORTED within `cancel_grace`."""
+        ...
+
+    def detach(self) -> None:
+        """Leave the job as it is for the next process; the outcome raises `EngineClosed`."""
+        ...
+
+
+class HostApi(Protocol):
+    """What the Prefect side needs of a host."""
+
+    def admit(self, request: JobRequest) -> Ticket:
+        """Hand a job over; returns at once, from any thread. Errors come with the outcome."""
+        ...
+
+    def cancel_flow_run(self, flow_run: str, reason: str) -> None:
+        """Every job of this flow run shall end; returns at once, also from a signal handler."""
+        ...
+
+
+class _Ticket:
+    __slots__ = ("_call", "_host")
+
+    def __init__(self, host: Host, call: Call) -> None:
+        self._host = host
+        self._call = call
+
+    async def outcome(self) -> Outcome:
+        loop = asyncio.get_running_loop()
+        arrived: asyncio.Future[None] = loop.create_future()
+
+        def arrive() -> None:
+            if not arrived.done():
+                arrived.set_result(None)
+
+        def tell(_: concurrent.futures.Future[Outcome]) -> None:
+            with suppress(RuntimeError):  # the caller's loop has ended; nobody waits any more
+                loop.call_soon_threadsafe(arrive)
+
+        self._call.future.add_done_callback(tell)
+        await arrived
+        return self._call.future.result()
+
+    def outcome_blocking(self) -> Outcome:
+        while True:
+            done, _ = concurrent.futures.wait([self._call.future], timeout=STEP_SECONDS)
+            if done:
+                return self._call.future.result()
+
+    def cancel(self, reason: str) -> None:
+        self._host.post(lambda runtime: runtime.cancel(self._call, reason))
+
+    def detach(self) -> None:
+        self._host.post(lambda runtime: runtime.detach(self._call))
+
+
+class Host:
+    """Starts the runtime's thread with the first job and ends it in order.
+
+    Args:
+        make_runtime: builds the runtime; called on the new loop.
+    """
+
+    def __init__(self, make_runtime: Callable[[], Runtime]) -> None:
+        self._make_runtime = make_runtime
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._runtime: Runtime | None = None
+        self._failure: BaseException | None = None
+        self._closed = False
+
+    def admit(self, request: JobRequest) -> Ticket:
+        """Hand a job over.
+
+        Raises:
+            EngineClosed: the process is ending.
+            LedgerError, ConfigurationError: the engine can't start; nothing was started.
+        """
+        self._start()
+        call = Call(request)
+        self.post(lambda runtime: runtime.admit(call))
+        return _Ticket(self, call)
+
+    def cancel_flow_run(self, flow_run: str, reason: str) -> None:
+        self.post(lambda runtime: runtime.cancel_flow_run(flow_run, reason))
+
+    def post(self, action: Callable[[Runtime], None]) -> None:
+        """Run `action` on the runtime's loop; dropped when there is none, since then nothing is alive."""
+        loop, runtime = self._loop, self._runtime
+        if loop is None or runtime is None:
+            return
+        with suppress(RuntimeError):  # the loop has closed
+            loop.call_soon_threadsafe(runtime.post, partial(action, runtime))
+
+    def close(self) -> None:
+        """Stop admitting, leave live jobs to the next process, flush, end the thread."""
+        with self._lock:
+            self._closed = True
+            thread = self._thread
+        if thread is None:
+            return
+        loop, runtime = self._loop, self._runtime
+        if loop is not None and runtime is not None:
+            with suppress(RuntimeError):
+                loop.call_soon_threadsafe(runtime.stop)
+        thread.join(STOP_SECONDS)
+        if thread.is_alive():
+            logger.warning("the engine did not end within %s s", STOP_SECONDS)
+
+    def _start(self) -> None:
+        with self._lock:
+            if self._closed:
+                raise EngineClosed("the process is ending: nothing new is started")
+            if self._thread is not None and self._thread.is_alive():
+                return
+            ready = threading.Event()
+            self._failure = None
+            thread = threading.Thread(
+                target=self._main, args=(ready,), name="prefect-webapi", daemon=True
+            )
+            thread.start()
+            if not ready.wait(START_SECONDS):
+                raise WebApiError(f"the engine did not start within {START_SECONDS:g} s")
+            if self._failure is not None:
+                thread.join(STOP_SECONDS)
+                raise self._failure
+            self._thread = thread
+
+    def _main(self, ready: threading.Event) -> None:
+        try:
+            asyncio.run(self._serve(ready))
+        except BaseException as error:
+            if not ready.is_set():
+                self._failure = error
+            else:
+                logger.exception("the engine has stopped")
+        finally:
+            self._runtime = None
+            self._loop = None
+            ready.set()
+
+    async def _serve(self, ready: threading.Event) -> None:
+        self._loop = asyncio.get_running_loop()
+        runtime = self._make_runtime()
+        self._runtime = runtime
+        await runtime.run(ready.set)

@@ -1,0 +1,215 @@
+"""A job in this process: the record it owns, who waits for it, and what may be forgotten at any moment."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from typing import Any
+
+import anyio
+
+from prefect_webapi.contract.errors import LedgerConflict, LedgerUnavailable
+from prefect_webapi.contract.phase import Phase, PhaseInfo
+from prefect_webapi.engine import machine
+from prefect_webapi.engine.contexts import TaskView
+from prefect_webapi.engine.machine import Event
+from prefect_webapi.engine.request import JobRequest, Outcome
+from prefect_webapi.engine.services import Services
+from prefect_webapi.ledger.records import Details, Lease, Move, MoveResult, Record, Step
+from prefect_webapi.poller import Watched
+from prefect_webapi.registry import Loaded
+
+__all__ = ["Call", "Ending", "Job", "persist"]
+
+LEDGER_PATIENCE = timedelta(minutes=2)
+"""How long a write that must not be lost is repeated while the ledger can't be reached."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """Why a job shall end although it is not over.
+
+    Attributes:
+        reason: the true one; reaches the service, the ledger and people.
+        info: how the job counts once it is gone; None: as aborted at our request.
+    """
+
+    reason: str
+    info: PhaseInfo | None = None
+
+    def final(self, seen: PhaseInfo | None = None) -> PhaseInfo:
+        """The phase to deliver; `seen`: what the service said at last, if that tells more."""
+        if self.info is not None:
+            return self.info
+        told = self.reason
+        if seen is not None and seen.phase is not Phase.ABORTED:
+            told = f"{told}; the remote job had ended as {seen.phase.name} before the cancel took effect"
+        return PhaseInfo.aborted(told)
+
+
+class Call:
+    """One call that waits for a job. Its future may be awaited from any thread or loop."""
+
+    __slots__ = ("future", "request")
+
+    def __init__(self, request: JobRequest) -> None:
+        self.request = request
+        self.future: concurrent.futures.Future[Outcome] = concurrent.futures.Future()
+
+    @property
+    def is_waiting(self) -> bool:
+        return not self.future.done()
+
+    def answer(self, outcome: Outcome) -> None:
+        if not self.future.done():
+            self.future.set_result(outcome)
+
+    def fail(self, error: Exception) -> None:
+        if not self.future.done():
+            self.future.set_exception(error)
+
+
+class Job:
+    """One record that this process drives. Changed on the runtime's loop only."""
+
+    __slots__ = (
+        "calls",
+        "delete_taken",
+        "ending",
+        "grace",
+        "handle",
+        "holds_capacity",
+        "is_deleting",
+        "last",
+        "lease",
+        "loaded",
+        "missing_since",
+        "record",
+        "request",
+        "scope",
+        "steps",
+        "timer",
+        "view",
+        "watched",
+    )
+
+    def __init__(self, record: Record, request: JobRequest, loaded: Loaded, view: TaskView) -> None:
+        self.record = record
+        self.request = request
+        self.loaded = loaded
+        self.view = view
+        self.calls: list[Call] = []
+        self.handle: Any = None
+        self.last: PhaseInfo | None = None
+        self.lease: Lease | None = record.details.lease
+        self.ending: Ending | None = None
+        self.scope: anyio.CancelScope | None = None
+        self.watched: Watched | None = None
+        self.missing_since: float | None = None
+        self.steps: list[Step] = list(record.details.steps)
+        self.timer: asyncio.TimerHandle | None = None
+        self.grace: asyncio.TimerHandle | None = None
+        self.holds_capacity = False
+        self.is_deleting = False
+        self.delete_taken = False
+
+    @property
+    def is_awaited(self) -> bool:
+        return any(call.is_waiting for call in self.calls)
+
+    def note(self, name: str, at: datetime, reason: str = "") -> None:
+        """Add to the history that people see; a phase that repeats is not a new step."""
+        if not self.steps or self.steps[-1].name != name:
+            self.steps.append(Step(name=name, at=at, reason=reason))
+
+    async def unless_ending(self, wait: Callable[[], Awaitable[Any]]) -> bool:
+        """Do `wait()`, dropped as soon as the job shall end. Whether the job is still wanted."""
+        if self.ending is not None:
+            return False
+        try:
+            with anyio.CancelScope() as self.scope:
+                await wait()
+        finally:
+            self.scope = None
+        return self.ending is None
+
+    def end(self, ending: Ending) -> bool:
+        """Note that the job shall end; whether this is news."""
+        if self.ending is not None:
+            return False
+        self.ending = ending
+        if self.scope is not None:
+            self.scope.cancel()
+        return True
+
+    def stop_timers(self) -> None:
+        for timer in (self.timer, self.grace):
+            if timer is not None:
+                timer.cancel()
+        self.timer = self.grace = None
+
+
+async def persist(services: Services, job: Job, event: Event, **details: Any) -> None:
+    """Write down where `event` takes the job, before anything is done about it.
+
+    `details` are fields of `Details`; `handle` and `cancel_reason` go to their columns. While the ledger can't be
+    reached the write is repeated for `LEDGER_PATIENCE`.
+
+    Raises:
+        LedgerConflict: another process owns the job now: stop quietly.
+        LedgerUnavailable: patience ended; memory and record are as before.
+    """
+    if not await try_persist(services, job, event, **details):
+        raise LedgerConflict(f"quota {job.record.quota} has no room for a job that holds its place")
+
+
+async def try_persist(services: Services, job: Job, event: Event, **details: Any) -> bool:
+    """As `persist`; False: the quota's admission count is full and nothing was changed."""
+    old = job.record
+    state = machine.next_state(old.state, event)
+    handle = details.pop("handle", None)
+    cancel_reason = details.pop("cancel_reason", None)
+    kept: Details = old.details.model_copy(update={**details, "steps": tuple(job.steps)})
+    now = services.clock.now()
+    move = Move(
+        old=old,
+        state=state,
+        at=now,
+        handle=handle,
+        cancel_reason=cancel_reason,
+        details=kept,
+        count=machine.place_change(old.state, state),
+    )
+    match await _move(services, move):
+        case MoveResult.FULL:
+            return False
+        case MoveResult.LOST:
+            services.metrics.count("ledger_conflicts_total", plugin=old.plugin)
+            raise LedgerConflict(f"job {old.key} is driven by another process now")
+        case MoveResult.OK:
+            job.record = replace(
+                old,
+                state=state,
+                updated_at=now,
+                handle=handle or old.handle,
+                cancel_reason=cancel_reason or old.cancel_reason,
+                details=kept,
+            )
+            return True
+
+
+async def _move(services: Services, move: Move) -> MoveResult:
+    clock = services.clock
+    give_up = clock.monotonic() + LEDGER_PATIENCE.total_seconds()
+    delay = 0.2
+    while True:
+        try:
+            return await services.store.move(move)
+        except LedgerUnavailable:
+            if clock.monotonic() + delay > give_up or not move.old.state.job_may_exist:
+                raise
+        await clock.sleep(delay)
+        delay = min(delay * 2, 10.0)

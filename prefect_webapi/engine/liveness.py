@@ -1,0 +1,46 @@
+"""Which processes are alive: the one rule by which a record's owner counts as dead."""
+
+from __future__ import annotations
+
+import os
+import socket
+import uuid
+from datetime import datetime, timedelta
+
+import psutil
+
+from prefect_webapi.ledger.records import RuntimeRow
+
+__all__ = ["BEAT_EVERY", "is_alive", "this_process"]
+
+BEAT_EVERY = timedelta(seconds=10)
+SILENT_AFTER = timedelta(seconds=30)
+_SAME_START_SECONDS = 2.0
+
+
+def this_process(now: datetime) -> RuntimeRow:
+    """A row for a runtime that starts now in this process."""
+    pid = os.getpid()
+    return RuntimeRow(
+        id=uuid.uuid4().hex,
+        host=socket.gethostname(),
+        pid=pid,
+        born=psutil.Process(pid).create_time(),
+        started=now,
+        last_beat=now,
+    )
+
+
+def is_alive(row: RuntimeRow | None, *, me: RuntimeRow, now: datetime) -> bool:
+    """Dead: never registered, silent for 30 s, or on this host and its process is gone.
+
+    A pid is believed only together with the process's start time: containers begin their pids anew.
+    """
+    if row is None or now - row.last_beat > SILENT_AFTER:
+        return False
+    if row.host != me.host:
+        return True
+    try:
+        return abs(psutil.Process(row.pid).create_time() - row.born) < _SAME_START_SECONDS
+    except psutil.NoSuchProcess:
+        return False

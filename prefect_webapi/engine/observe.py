@@ -1,0 +1,187 @@
+"""What an answer means: snapshots judged, news reported, failures counted, absence believed late."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from datetime import timedelta
+from typing import Any, Protocol
+
+from prefect_webapi.contract.errors import LedgerError, NotFound, RemoteError, Throttled
+from prefect_webapi.contract.phase import Phase, PhaseInfo
+from prefect_webapi.contract.plugin import AsyncPlugin
+from prefect_webapi.engine.channels import Channels
+from prefect_webapi.engine.contexts import GetView, StatusView
+from prefect_webapi.engine.faults import fault_point
+from prefect_webapi.engine.job import Ending, Job
+from prefect_webapi.engine.services import Services
+from prefect_webapi.ledger.records import JobState
+from prefect_webapi.poller import Observation
+
+__all__ = ["Driver", "Observer"]
+
+logger = logging.getLogger(__name__)
+
+MISSING_AGAIN = timedelta(seconds=5)
+"""Least time between two answers "not found" before they are believed."""
+
+
+class Driver(Protocol):
+    """Who acts on what was seen."""
+
+    def over(self, job: Job, info: PhaseInfo, snapshot: Any = None) -> None:
+        """The job has ended remotely."""
+        ...
+
+    def end(self, job: Job, ending: Ending) -> None:
+        """The job shall end although it lives."""
+        ...
+
+    def part(self, job: Job, info: PhaseInfo) -> None:
+        """The attempt ends as `info`; the job lives on and the next attempt takes it up."""
+        ...
+
+
+class Observer:
+    """Judges the observations of all pollers, in the order in which they come."""
+
+    def __init__(self, services: Services, channels: Channels, driver: Driver) -> None:
+        self._services = services
+        self._channels = channels
+        self._driver = driver
+
+    def watch(self, job: Job, *, fresh: bool = False) -> None:
+        """Have the job read. `fresh`: begin with short gaps again."""
+        poller = self._channels.of(job.loaded).poller
+        if job.watched is not None:
+            poller.forget(job.watched)
+        born = job.record.details.created_remotely_at or job.record.created_at
+        age = 0.0 if fresh else max(0.0, (self._services.clock.now() - born).total_seconds())
+        job.watched = poller.watch(job, GetView(job.handle), age=age)
+
+    def forget(self, job: Job) -> None:
+        if job.watched is not None:
+            self._channels.of(job.loaded).poller.forget(job.watched)
+            job.watched = None
+
+    async def take_in(self, job: Job, observation: Observation) -> None:
+        """Do what follows from one read."""
+        fault_point("KP-11")
+        poller = self._channels.of(job.loaded).poller
+        error = observation.error
+        if isinstance(error, Throttled):
+            self._report(
+                job,
+                (job.last or PhaseInfo.running()).model_copy(
+                    update={"reason": f"the service throttles: {error.message}"}
+                ),
+            )
+            poller.retry_at(observation.watched, poller.policy.initial)
+            return
+        if isinstance(error, NotFound):
+            self._missing(job, observation)
+            return
+        if error is not None:
+            self._read_failed(job, observation, error)
+            return
+        job.missing_since = None
+        try:
+            over = await self.judge(job, observation.resource)
+        except LedgerError:
+            raise
+        except Exception as failure:  # noqa: BLE001 - whatever an author's status raises counts as a failed read
+            self._read_failed(job, observation, failure)
+            return
+        if not over:
+            poller.again(observation.watched)
+
+    async def judge(self, job: Job, snapshot: Any) -> bool:
+        """Ask `status` and report what changed; whether the job is over (its end is then under way)."""
+        plugin = self._services.plugins.current(job.loaded).plugin
+        assert isinstance(plugin, AsyncPlugin)
+        info: Any = plugin.status(StatusView(job.view, job.handle, snapshot))
+        if asyncio.iscoroutine(info):
+            info = await info
+        if not isinstance(info, PhaseInfo):
+            raise TypeError(f"status returned {type(info).__name__}, it must return a PhaseInfo")
+        if info.phase.is_terminal:
+            fault_point("KP-13")
+            if info.cleanup_on_failure and job.record.state is JobState.CREATED:
+                fault_point("KP-27")
+                self._driver.end(job, Ending(f"failed but still running: {info.reason}", info))
+                return False
+            self.forget(job)
+            self._driver.over(job, info, snapshot)
+            return True
+        if info.phase is not Phase.UNDEFINED and job.record.state is JobState.CREATED:
+            self._report(job, info)
+        return False
+
+    def _report(self, job: Job, info: PhaseInfo) -> None:
+        """Tell people of news; an older answer never takes a phase back."""
+        last = job.last
+        if last is not None and (info.same_content(last) or _rank(info) < _rank(last)):
+            return
+        if last is not None and last.phase is info.phase and info.version <= last.version:
+            info = info.model_copy(update={"version": last.version + 1})
+        fault_point("KP-12")
+        job.last = info
+        job.note(info.phase.name, info.info.occurred_at or self._services.clock.now(), info.reason)
+        self._services.metrics.count(
+            "phase_transitions_total", plugin=job.record.plugin, phase=info.phase.name
+        )
+        job.request.reporter.phase(job.record, info, waiting_for_quota=False)
+
+    def _missing(self, job: Job, observation: Observation) -> None:
+        """The service knows no such job: believed after its visibility delay and a second answer."""
+        poller = self._channels.of(job.loaded).poller
+        plugin = job.loaded.plugin
+        assert isinstance(plugin, AsyncPlugin)
+        delay = plugin.visibility_delay
+        visible_after = delay if delay is not None else job.loaded.settings.visibility_delay
+        born = job.record.details.created_remotely_at or job.record.created_at
+        age = self._services.clock.now() - born
+        if age < visible_after:
+            left = (visible_after - age).total_seconds()
+            gap = max(poller.policy.initial, age.total_seconds() / 10)
+            poller.retry_at(observation.watched, min(gap, left))
+            return
+        now = self._services.clock.monotonic()
+        pause = max(MISSING_AGAIN.total_seconds(), poller.policy.longest / 4)
+        if job.missing_since is None:
+            job.missing_since = now
+        if now - job.missing_since < pause:
+            poller.retry_at(observation.watched, pause)
+            return
+        self.forget(job)
+        self._driver.over(
+            job,
+            PhaseInfo.system_retryable_failure(
+                "RemoteJobVanished", "the service no longer knows the job"
+            ),
+        )
+
+    def _read_failed(self, job: Job, observation: Observation, error: Exception) -> None:
+        poller = self._channels.of(job.loaded).poller
+        failures = observation.watched.failures + 1
+        code = error.code if isinstance(error, RemoteError) else type(error).__name__
+        told = error.message if isinstance(error, RemoteError) else str(error)
+        logger.debug("read %s of job %s failed: %s", failures, job.record.key, code)
+        bound = job.loaded.config.caching.max_system_failures
+        if job.record.state is JobState.CANCELLING or failures <= bound:
+            poller.again(observation.watched, failed=True)
+            return
+        lost = f"lost contact after {failures} failures"
+        info = PhaseInfo.system_retryable_failure(code or "ContactLost", f"{lost}: {told}")
+        caller = job.request.caller
+        fault_point("KP-28")
+        if caller.attempt < caller.max_attempts:
+            self._driver.part(job, info)
+        else:
+            poller.again(observation.watched, failed=True)
+            self._driver.end(job, Ending(lost, info))
+
+
+def _rank(info: PhaseInfo) -> int:
+    """Order of the phases of a live job; a job never goes back in it."""
+    return info.phase.value if info.phase <= Phase.RUNNING else Phase.WAITING_FOR_RESOURCES

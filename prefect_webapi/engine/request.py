@@ -1,0 +1,147 @@
+"""What goes into the engine and what comes out, and what the engine needs from above (Protocols)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, Literal, Protocol
+
+from prefect_webapi.contract.config import EngineSettings
+from prefect_webapi.contract.keys import Fingerprint, JobKey
+from prefect_webapi.contract.phase import PhaseInfo
+from prefect_webapi.contract.task import JobSpec
+from prefect_webapi.ledger.records import Record
+
+__all__ = [
+    "Caller",
+    "JobRequest",
+    "Outcome",
+    "OutputStore",
+    "Overrides",
+    "Reporter",
+    "Secrets",
+]
+
+
+def _nothing() -> Mapping[str, Any]:
+    return {}
+
+
+def _no_text() -> Mapping[str, str]:
+    return {}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Caller:
+    """Who asks for a job.
+
+    Attributes:
+        run_key: the root flow run's id, or what the user set.
+        execution: id of the Running state of the root flow run; outside a flow a nonce.
+        levels: every other enclosing run: its id to the id of its Running state.
+        task_run: id of the task run that calls; nth: index of equal specs inside it.
+        attempt: Prefect's run count of the task run, from 1; max_attempts: retries + 1.
+    """
+
+    run_key: str
+    execution: str
+    task_run: str
+    levels: Mapping[str, str] = field(default_factory=_no_text)
+    nth: int = 0
+    idempotency_key: str | None = None
+    flow_run: str = ""
+    root_run: str = ""
+    deployment: str = ""
+    namespace: str = ""
+    labels: Mapping[str, str] = field(default_factory=_no_text)
+    attempt: int = 1
+    max_attempts: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Overrides:
+    """Options of the call that win over the block's settings; None: the block decides."""
+
+    deadline: timedelta | None = None
+    reuse_results: bool | None = None
+    on_unknown_create: Literal["fail", "retry"] | None = None
+    on_exit: Literal["cancel", "leave"] = "cancel"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobRequest:
+    """One call of a task, resolved: no futures, no blocks' names left to guess.
+
+    Attributes:
+        plugin: plugin id where the user named one.
+        connection: a block document's name, or a block.
+        inputs: the arguments of the task's call.
+        reporter: tells Prefect what happens to this job.
+    """
+
+    task_type: str
+    spec: JobSpec[Any]
+    task_key: str
+    task_name: str
+    caller: Caller
+    reporter: Reporter
+    connection: Any = "default"
+    plugin: str | None = None
+    inputs: Mapping[str, Any] = field(default_factory=_nothing)
+    options: Overrides = Overrides()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How a job ended.
+
+    Attributes:
+        info: the terminal phase (or contact lost: a retryable system failure while the job lives on).
+        value: the result, validated against the spec's `O`; only with success.
+        stopped_by_us: an ABORTED job was ended at our request.
+        settings: the connection's, for the mapping to states.
+    """
+
+    job_key: JobKey
+    fingerprint: Fingerprint
+    info: PhaseInfo
+    value: Any = None
+    stopped_by_us: bool = False
+    settings: EngineSettings = field(default_factory=EngineSettings)
+
+
+class Reporter(Protocol):
+    """Tells people about one job. Cheap, called on the runtime's loop, never raises, never waits."""
+
+    def phase(self, record: Record, info: PhaseInfo, *, waiting_for_quota: bool) -> None:
+        """The phase or what is known with it has changed; not called for terminal phases."""
+        ...
+
+    def cancelling(self, record: Record, reason: str) -> None:
+        """A delete is on its way."""
+        ...
+
+
+class Secrets(Protocol):
+    """Looks secrets up at call time."""
+
+    async def get(self, key: str, connection: Any) -> str:
+        """The present value.
+
+        Raises:
+            SecretNotFound: names the key and the places searched.
+        """
+        ...
+
+
+class OutputStore(Protocol):
+    """Keeps results that are too large for the ledger."""
+
+    async def write(self, key: JobKey, data: bytes) -> str:
+        """Store under a name of this job, replacing what was there; returns the pointer."""
+        ...
+
+    async def read(self, pointer: str) -> bytes | None:
+        """What was stored; None if it is gone."""
+        ...

@@ -1,0 +1,582 @@
+"""Drives the jobs of one process: takes calls, follows the machine, persists before it acts.
+
+All of it runs on one loop. A job has a coroutine of its own while it is being created and while it ends; in
+between it is an entry of a poller and costs no task. One way in (`admit`), one way out (`_deliver`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import anyio
+import anyio.abc
+from anyio.streams.memory import MemoryObjectReceiveStream
+
+from prefect_webapi.contract.errors import (
+    EngineClosed,
+    LedgerConflict,
+    LedgerError,
+    WebApiError,
+)
+from prefect_webapi.contract.keys import (
+    JobKey,
+)
+from prefect_webapi.contract.phase import Phase, PhaseInfo
+from prefect_webapi.engine.adapters import handle_adapter
+from prefect_webapi.engine.calls import Calls, guarantee
+from prefect_webapi.engine.cancel import ask_to_end
+from prefect_webapi.engine.channels import Channel, Channels
+from prefect_webapi.engine.drafts import conflict, draft_for, view_for
+from prefect_webapi.engine.faults import fault_point
+from prefect_webapi.engine.handover import Others, hand_out, take_over
+from prefect_webapi.engine.job import Call, Ending, Job, persist
+from prefect_webapi.engine.liveness import BEAT_EVERY
+from prefect_webapi.engine.machine import Event
+from prefect_webapi.engine.observe import Observer
+from prefect_webapi.engine.outputs import Collected, collect
+from prefect_webapi.engine.request import Outcome
+from prefect_webapi.engine.services import Services
+from prefect_webapi.engine.submit import (
+    Alive,
+    Answered,
+    GivenUp,
+    Refused,
+    Stuck,
+    outcome_unknown,
+    submit,
+)
+from prefect_webapi.ledger.records import (
+    JobState,
+    Record,
+    RuntimeRow,
+)
+from prefect_webapi.poller import Observation
+from prefect_webapi.quotas import SlotLease
+from prefect_webapi.registry import Loaded
+
+__all__ = ["Runtime"]
+
+logger = logging.getLogger(__name__)
+
+OBSERVATIONS = 1_000
+"""Observations that may wait for the runtime; more of them make the pollers wait."""
+HOUSEKEEPING_SECONDS = 1.0
+FOLLOW_SECONDS = 0.5
+CLOSING_SECONDS = 5.0
+"""How long a closing runtime waits for deletes that it has already written down."""
+
+
+class Runtime:
+    """The engine of one process. `run()` is its life; the other methods belong to the same loop."""
+
+    def __init__(self, services: Services, me: RuntimeRow) -> None:
+        self._services = services
+        self._me = me
+        self._calls = Calls(services)
+        self._others = Others(services, me)
+        self._jobs: dict[JobKey, Job] = {}
+        self._entering: set[Call] = set()
+        self._ended: dict[Call, Ending] = {}
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._mail = asyncio.Event()
+        self._stop = asyncio.Event()
+        self._closing = False
+        self._tasks: anyio.abc.TaskGroup
+        self._channels: Channels
+        self._observer: Observer
+
+    # --- life --------------------------------------------------------------------------------
+
+    async def run(self, ready: Callable[[], None]) -> None:
+        """Open the ledger, serve until `stop`, close in order. `ready()` says that calls may come."""
+        services = self._services
+        await services.store.open()
+        try:
+            await services.store.beat(self._me)
+            sender, seen = anyio.create_memory_object_stream[Observation](OBSERVATIONS)
+            async with sender, seen, services.quotas, anyio.create_task_group() as self._tasks:
+                self._channels = Channels(services, self._calls, self._tasks, sender.send)
+                self._observer = Observer(services, self._channels, self)
+                self._tasks.start_soon(self._read_mail)
+                self._tasks.start_soon(self._observe, seen)
+                self._tasks.start_soon(self._keep_house)
+                ready()
+                await self._stop.wait()
+                self._closing = True
+                await self._close()
+                self._tasks.cancel_scope.cancel()
+            await services.store.farewell(self._me.id)
+        finally:
+            self._closing = True
+            self._leave_all()
+            with anyio.CancelScope(shield=True):
+                await services.plugins.aclose()
+                await services.store.aclose()
+
+    def stop(self) -> None:
+        """Admit nothing more, leave what is alive to the next process, and end `run`."""
+        self._stop.set()
+
+    def post(self, action: Callable[[], None]) -> None:
+        """Have the runtime do something in its own task: callbacks of the loop may not start tasks."""
+        self._inbox.append(action)
+        self._mail.set()
+
+    async def _read_mail(self) -> None:
+        while True:
+            await self._mail.wait()
+            self._mail.clear()
+            while self._inbox:
+                self._inbox.popleft()()
+
+    async def _close(self) -> None:
+        """Deletes that are a duty already get a moment; everything else stays as the ledger has it."""
+        with anyio.move_on_after(CLOSING_SECONDS):
+            while any(job.ending and not job.delete_taken for job in self._jobs.values()):
+                await anyio.sleep(0.05)
+
+    def _leave_all(self) -> None:
+        closed = EngineClosed("the process is ending; the job goes on and the next run takes it up")
+        for call in [*self._entering, *(c for job in self._jobs.values() for c in job.calls)]:
+            call.fail(closed)
+        for job in self._jobs.values():
+            job.stop_timers()
+
+    # --- the way in --------------------------------------------------------------------------
+
+    def admit(self, call: Call) -> None:
+        """Take a call. Whatever goes wrong is told through its future."""
+        if self._closing or self._stop.is_set():
+            call.fail(EngineClosed("the process is ending: nothing new is started"))
+            return
+        self._entering.add(call)
+        self._tasks.start_soon(self._enter, call)
+
+    def cancel(self, call: Call, reason: str) -> None:
+        """This call no longer wants its job. The job ends unless another call waits for it."""
+        self._end_call(call, Ending(reason))
+
+    def cancel_flow_run(self, flow_run: str, reason: str) -> None:
+        for call in self.calls_of(flow_run):
+            self._end_call(call, Ending(reason))
+
+    def calls_of(self, flow_run: str) -> list[Call]:
+        """Waiting calls that belong to this flow run or to one below it."""
+        everywhere = [*self._entering, *(c for job in self._jobs.values() for c in job.calls)]
+        return [
+            call
+            for call in dict.fromkeys(everywhere)
+            if call.is_waiting
+            and flow_run
+            in (
+                call.request.caller.flow_run,
+                *call.request.caller.levels,
+                call.request.caller.root_run,
+            )
+        ]
+
+    def detach(self, call: Call) -> None:
+        """Leave the job as it is for the next process."""
+        call.fail(EngineClosed("the call was detached; the job goes on"))
+        job = self._job_of(call)
+        if job is not None and not job.is_awaited and job.ending is None:
+            self._let_go(job)
+
+    def _end_call(self, call: Call, ending: Ending) -> None:
+        if not call.is_waiting:
+            return
+        job = self._job_of(call)
+        if job is None:
+            self._ended[call] = ending
+            return
+        if any(other.is_waiting for other in job.calls if other is not call):
+            call.answer(self._outcome(job.record, job.loaded, ending.final()))
+            return
+        self.end(job, ending)
+
+    def _job_of(self, call: Call) -> Job | None:
+        return next((job for job in self._jobs.values() if call in job.calls), None)
+
+    async def _enter(self, call: Call) -> None:
+        try:
+            await self._find_or_make(call)
+        except (WebApiError, OSError) as error:
+            call.fail(error)
+        except Exception as error:
+            logger.exception("a call of task %s failed in the engine", call.request.task_name)
+            call.fail(error)
+        finally:
+            self._entering.discard(call)
+            self._ended.pop(call, None)
+
+    async def _find_or_make(self, call: Call) -> None:
+        request = call.request
+        services = self._services
+        loaded = await services.plugins.get(request.task_type, request.plugin, request.connection)
+        channel = await self._channels.open(loaded)
+        draft = await draft_for(services, self._calls, channel, request)
+        fault_point("KP-01")
+        while True:
+            drawn = await services.store.intent(draft)
+            record = drawn.record
+            if record.fingerprint != draft.fingerprint:
+                raise conflict(record)
+            known = self._jobs.get(record.key)
+            if known is not None and known.ending is None:
+                self._attach(call, known)
+                return
+            if known is not None:  # it ends; then this call gets an attempt of its own
+                await self._until_over(known)
+                draft = replace(draft, is_retry=True)
+                continue
+            if record.state.is_over and not drawn.made:
+                call.answer(await hand_out(services, record, request.spec, loaded))
+                return
+            if not drawn.made:
+                if await self._others.drive(record):
+                    outcome = await self._others.follow(
+                        record, call, partial(self._ended.get, call)
+                    )
+                    if outcome is None:
+                        continue
+                    call.answer(outcome)
+                    return
+                taken = await take_over(services, record)
+                if taken is None:
+                    continue
+                record = taken
+            view = view_for(services, loaded, request, record)
+            await self._drive(call, Job(record, request, loaded, view), channel, made=drawn.made)
+            return
+
+    def _attach(self, call: Call, job: Job) -> None:
+        job.calls.append(call)
+        self._entering.discard(call)
+        ended = self._ended.pop(call, None)
+        if ended is not None:
+            self._end_call(call, ended)
+
+    # --- driving -----------------------------------------------------------------------------
+
+    async def _drive(self, call: Call, job: Job, channel: Channel, *, made: bool) -> None:
+        """From a record to the end, or to the poller."""
+        self._jobs[job.record.key] = job
+        self._attach(call, job)
+        if not made and job.record.cancel_reason and job.record.state is not JobState.CANCELLING:
+            self.end(job, Ending(job.record.cancel_reason))
+        self._set_deadline(job)
+        await self._guarded(job, partial(self._advance, job, channel, made=made))
+
+    async def _guarded(self, job: Job, step: Callable[[], Any]) -> None:
+        """Run a part of a job's way. Who loses the job to another process follows that one."""
+        try:
+            await step()
+        except LedgerConflict:
+            calls = [call for call in job.calls if call.is_waiting]
+            if job.lease is not None:
+                self._services.quotas.forget(SlotLease(id=job.lease.id, until=job.lease.until))
+            self._let_go(job, keep_lease=True)
+            logger.info("job %s: another process took it over", job.record.key)
+            for call in calls:
+                self.admit(call)
+        except LedgerError as error:
+            for call in job.calls:
+                call.fail(error)
+            self._let_go(job)
+        except Exception as error:
+            logger.exception("job %s failed in the engine", job.record.key)
+            for call in job.calls:
+                call.fail(error)
+            self._let_go(job)
+
+    async def _advance(self, job: Job, channel: Channel, *, made: bool) -> None:
+        """Do the next step of the state that the record is in."""
+        if channel.capacity.is_full:
+            info = PhaseInfo.not_ready(
+                f"this process tracks {channel.capacity.size} jobs of this connection (caching.size); waiting"
+            )
+            job.request.reporter.phase(job.record, info, waiting_for_quota=False)
+        job.note("ADMITTED", self._services.clock.now())
+        if not await job.unless_ending(channel.capacity.take) and made:
+            await self._finish(job, PhaseInfo.undefined(), event=_nothing_sent(job.record.state))
+            return
+        job.holds_capacity = True
+        match job.record.state:
+            case JobState.CREATED | JobState.CANCELLING:
+                self._resume(job)
+                if job.record.state is JobState.CANCELLING:
+                    job.ending = Ending(job.record.cancel_reason or "cancelled")
+                    await self._delete(job)
+                elif job.ending is not None:
+                    await self._delete(job)
+                else:
+                    self._observer.watch(job)
+                return
+            case JobState.SUSPECT if guarantee(job.loaded) == "at-most-once":
+                info = job.record.details.phase or outcome_unknown(job, "an earlier run sent it")
+                self._deliver(job, info)
+                self._let_go(job)
+                return
+            case _:
+                pass
+        unsent = made or job.record.state in (
+            JobState.INTENT,
+            JobState.SLOT_REQUESTED,
+            JobState.SLOT_HELD,
+        )
+        if job.lease is not None and not made:
+            self._adopt_lease(job)
+        came_to = await submit(self._services, self._calls, job, unsent=unsent)
+        match came_to:
+            case Alive(snapshot=snapshot):
+                await self._start(job, snapshot)
+            case Refused(info=info):
+                await self._finish(job, info, event=Event.NOTHING_MADE)
+            case Answered(info=info):
+                await self._finish(job, info, event=Event.ENDED)
+            case GivenUp():
+                event = _nothing_sent(job.record.state)
+                await self._finish(job, PhaseInfo.undefined(), event=event)
+            case Stuck(info=info):
+                self._deliver(job, info)
+                self._let_go(job, keep_lease=True)
+
+    async def _start(self, job: Job, snapshot: Any) -> None:
+        """The job exists: report it, judge what create told, have it read."""
+        info = PhaseInfo.queued()
+        job.last = info
+        job.request.reporter.phase(job.record, info, waiting_for_quota=False)
+        if snapshot is not None and await self._observer.judge(job, snapshot):
+            return
+        if job.ending is not None:
+            await self._delete(job)
+        else:
+            fault_point("KP-10")
+            self._observer.watch(job)
+
+    def _resume(self, job: Job) -> None:
+        """Read a stored handle back."""
+        text = job.record.handle
+        if text is None:
+            raise WebApiError(f"job {job.record.key} is {job.record.state} but has no handle")
+        try:
+            job.handle = handle_adapter(job.loaded).validate_json(text)
+        except ValueError as error:
+            raise WebApiError(
+                f"the stored handle of job {job.record.key} can't be read by this version of plugin "
+                f"{job.record.plugin}: {text}. The job was left alone; end it at the service if it is not wanted"
+            ) from error
+        if job.lease is not None:
+            self._adopt_lease(job)
+
+    def _adopt_lease(self, job: Job) -> None:
+        assert job.lease is not None
+        if job.record.quota is None:
+            return
+        lease = SlotLease(id=job.lease.id, until=job.lease.until)
+
+        def changed(new: SlotLease) -> None:
+            assert job.lease is not None
+            job.lease = job.lease.model_copy(update={"id": new.id, "until": new.until})
+
+        self._services.quotas.adopt(
+            job.record.quota,
+            lease,
+            weight=job.record.weight,
+            holder=job.record.task_run,
+            changed=changed,
+        )
+
+    async def _observe(self, seen: MemoryObjectReceiveStream[Observation]) -> None:
+        async for observation in seen:
+            job: Job = observation.watched.token
+            if job.watched is observation.watched and not job.record.state.is_over:
+                await self._guarded(job, partial(self._observer.take_in, job, observation))
+
+    # --- ending ------------------------------------------------------------------------------
+
+    def end(self, job: Job, ending: Ending) -> None:
+        """Somebody wants the job gone. What has to be done for it depends on where it stands."""
+        if job.record.state.is_over or not job.end(ending):
+            return
+        grace = job.loaded.settings.cancel_grace.total_seconds()
+        job.grace = asyncio.get_running_loop().call_later(
+            self._services.clock.real(grace), self.post, partial(self._grace_over, job)
+        )
+        if job.record.state is JobState.CREATED:
+            self._tasks.start_soon(self._guarded, job, partial(self._delete, job))
+        elif job.record.state.job_may_exist and job.scope is None:
+            self._tasks.start_soon(self._note_wish, job.record.key, ending.reason)
+
+    async def _note_wish(self, key: JobKey, reason: str) -> None:
+        """Create is on its way: the wish is written down now, the duty follows its answer."""
+        try:
+            await self._services.store.ask_cancel([key], reason)
+        except LedgerError as error:
+            logger.warning("the wish to end job %s could not be written down: %s", key, error)
+
+    def over(self, job: Job, info: PhaseInfo, snapshot: Any = None) -> None:
+        """The job was seen ended: what that takes is done beside the reading of others."""
+        self._tasks.start_soon(
+            self._guarded, job, partial(self._finish, job, info, snapshot=snapshot)
+        )
+
+    def part(self, job: Job, info: PhaseInfo) -> None:
+        """The attempt is over, the job is not: the next attempt takes it up."""
+        self._deliver(job, info)
+        self._let_go(job)
+
+    async def _delete(self, job: Job) -> None:
+        if job.record.state.is_over or job.is_deleting:
+            return
+        job.is_deleting = True
+        assert job.ending is not None
+        await ask_to_end(self._services, self._calls, job, job.ending)
+        job.delete_taken = True
+        if job.record.state is JobState.CANCELLING:
+            self._observer.watch(job, fresh=True)
+
+    def _grace_over(self, job: Job) -> None:
+        """People need not wait longer; the duty and the place in the quota stay."""
+        job.grace = None
+        if job.ending is not None and not job.record.state.is_over:
+            info = job.ending.final()
+            told = f"{info.reason}; the service has not confirmed the end yet"
+            self._deliver(job, info.model_copy(update={"reason": told}))
+
+    def _set_deadline(self, job: Job) -> None:
+        deadline = job.record.deadline
+        if deadline is None:
+            return
+        left = (deadline - self._services.clock.now()).total_seconds()
+        whole = (deadline - job.record.created_at).total_seconds()
+        reason = f"deadline of {whole:g}s exceeded"
+        ending = Ending(reason, PhaseInfo.failure("Timeout", reason))
+        if left <= 0:
+            self.end(job, ending)
+        else:
+            job.timer = asyncio.get_running_loop().call_later(
+                self._services.clock.real(left), self.post, partial(self.end, job, ending)
+            )
+
+    async def _finish(
+        self,
+        job: Job,
+        info: PhaseInfo,
+        *,
+        event: Event = Event.ENDED,
+        snapshot: Any = None,
+    ) -> None:
+        """The job is over: keep its result, write it down, give everything back, deliver."""
+        if job.record.state.is_over:
+            return
+        services = self._services
+        collected = Collected(info)
+        if info.phase is Phase.SUCCESS:
+            fault_point("KP-14")
+            collected = await collect(services, self._calls, job, info, snapshot)
+            fault_point("KP-16")
+        final = collected.info
+        if job.ending is not None:
+            final = job.ending.final(info if info.phase is not Phase.UNDEFINED else None)
+        job.note(final.phase.name, final.info.occurred_at or services.clock.now(), final.reason)
+        await persist(
+            services,
+            job,
+            event,
+            phase=final,
+            outputs=collected.outputs,
+            stopped_by_us=job.ending is not None,
+            last_error=final.reason if final.phase is not Phase.SUCCESS else None,
+        )
+        fault_point("KP-17")
+        self._jobs.pop(job.record.key, None)
+        if final.phase is not Phase.SUCCESS:
+            # A failure counts as told before it is told: only so does the next call make a new attempt.
+            await persist(services, job, Event.DELIVERED)
+        fault_point("KP-19")
+        self._deliver(job, final, collected.value)
+        await self._settle(job)
+
+    async def _settle(self, job: Job) -> None:
+        """Give the slot back and close the record."""
+        self._let_go(job)
+        fault_point("KP-18")
+        await persist(self._services, job, Event.SETTLED)
+        fault_point("KP-20")
+
+    def _let_go(self, job: Job, *, keep_lease: bool = False) -> None:
+        """Forget a job in memory. The ledger keeps it."""
+        self._jobs.pop(job.record.key, None)
+        job.stop_timers()
+        self._observer.forget(job)
+        if job.holds_capacity:
+            job.holds_capacity = False
+            self._channels.of(job.loaded).capacity.give()
+        if job.record.quota is not None and job.lease is not None and not keep_lease:
+            lease = SlotLease(id=job.lease.id, until=job.lease.until)
+            if job.record.state.is_over:
+                self._services.quotas.release(job.record.quota, lease, weight=job.record.weight)
+                job.lease = None
+
+    def _deliver(self, job: Job, info: PhaseInfo, value: Any = None) -> None:
+        outcome = self._outcome(job.record, job.loaded, info, value, stopped=job.ending is not None)
+        for call in job.calls:
+            call.answer(outcome)
+
+    def _outcome(
+        self,
+        record: Record,
+        loaded: Loaded,
+        info: PhaseInfo,
+        value: Any = None,
+        *,
+        stopped: bool = True,
+    ) -> Outcome:
+        return Outcome(
+            job_key=record.key,
+            fingerprint=record.fingerprint,
+            info=info,
+            value=value,
+            stopped_by_us=stopped,
+            settings=loaded.settings,
+        )
+
+    async def _until_over(self, job: Job) -> None:
+        while self._jobs.get(job.record.key) is job:
+            await self._services.clock.sleep(0.1)
+
+    # --- housekeeping ---------------------------------------------------------------------
+
+    async def _keep_house(self) -> None:
+        """Beat, hear what other processes ask, look at the blocks again."""
+        clock = self._services.clock
+        next_beat = clock.monotonic()
+        next_look = clock.monotonic()
+        while True:
+            await anyio.sleep(HOUSEKEEPING_SECONDS)
+            try:
+                if clock.monotonic() >= next_beat:
+                    next_beat = clock.monotonic() + BEAT_EVERY.total_seconds()
+                    await self._services.store.beat(replace(self._me, last_beat=clock.now()))
+                for record in await self._services.store.cancels_asked(self._me.id):
+                    job = self._jobs.get(record.key)
+                    if job is not None and record.cancel_reason:
+                        self.end(job, Ending(record.cancel_reason))
+            except LedgerError as error:
+                logger.warning("the ledger does not answer: %s", error)
+            every = self._channels.look_every
+            if every is not None and clock.monotonic() >= next_look:
+                next_look = clock.monotonic() + every
+                await self._channels.look_at_blocks()
+
+
+def _nothing_sent(state: JobState) -> Event:
+    """The event that closes a record under which nothing was made."""
+    return Event.NOTHING_MADE if state.job_may_exist else Event.GIVEN_UP

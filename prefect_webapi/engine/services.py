@@ -1,0 +1,30 @@
+"""The parts that the engine works with, handed to it once; nothing in it builds its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from prefect_webapi.clock import Clock
+from prefect_webapi.engine.request import OutputStore, Secrets
+from prefect_webapi.ledger.store import Store
+from prefect_webapi.limiter import Gates
+from prefect_webapi.metrics import Metrics
+from prefect_webapi.quotas import Quotas
+from prefect_webapi.registry import Plugins
+
+__all__ = ["Services"]
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """One of each per process, all on the runtime's loop. `runtime_id` names this process."""
+
+    runtime_id: str
+    clock: Clock
+    store: Store
+    plugins: Plugins
+    gates: Gates
+    quotas: Quotas
+    secrets: Secrets
+    outputs: OutputStore
+    metrics: Metrics

@@ -1,0 +1,448 @@
+"""Make the job exist exactly once: place, permit, create, find, adopt; what a failure proves.
+
+The order is always: write down that create is about to be sent, send it, write down what it brought. Which error
+proves what is one pure function, `judge`.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from typing import Any, Literal
+
+from prefect_webapi.contract.errors import (
+    AlreadyExists,
+    AuthError,
+    HandleNotStorable,
+    NotFound,
+    RemoteError,
+    RemoteUserError,
+    Throttled,
+)
+from prefect_webapi.contract.phase import PhaseInfo
+from prefect_webapi.contract.plugin import (
+    AsyncPlugin,
+    CreateResult,
+    Guarantee,
+    overrides,
+)
+from prefect_webapi.engine.adapters import handle_adapter
+from prefect_webapi.engine.calls import Calls, guarantee, is_sync
+from prefect_webapi.engine.faults import fault_point
+from prefect_webapi.engine.job import Job, persist, try_persist
+from prefect_webapi.engine.machine import Event
+from prefect_webapi.engine.services import Services
+from prefect_webapi.ledger.records import JobState, Lease
+from prefect_webapi.quotas import SlotLease, Waiting
+
+__all__ = ["Alive", "Answered", "GivenUp", "Refused", "Stuck", "submit"]
+
+logger = logging.getLogger(__name__)
+
+FIND_FIRST_DELAY = 1.0
+DO_TIMEOUT = timedelta(seconds=300)
+"""Longest synchronous call; a task's deadline or time-out ends it earlier."""
+
+
+@dataclass(frozen=True, slots=True)
+class Alive:
+    """The job exists and its handle is in the ledger. `snapshot`: create's answer held one."""
+
+    snapshot: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The service surely made nothing (or nothing that goes on): the attempt is over."""
+
+    info: PhaseInfo
+
+
+@dataclass(frozen=True, slots=True)
+class Stuck:
+    """Whether a job exists is unknown: the attempt fails, the record and its place stay."""
+
+    info: PhaseInfo
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """A synchronous call returned its terminal phase."""
+
+    info: PhaseInfo
+
+
+@dataclass(frozen=True, slots=True)
+class GivenUp:
+    """No longer wanted before anything can have reached the service."""
+
+
+Submitted = Alive | Refused | Stuck | Answered | GivenUp
+
+
+# --- what an error of create proves ----------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What follows from an error.
+
+    Attributes:
+        then: ``repeat``: the same key again; ``refused``: nothing was made; ``stuck``: can't be known.
+        tried: whether this try counts against `max_create_attempts`.
+        may_exist: whether this try can have made the job.
+    """
+
+    then: Literal["repeat", "refused", "stuck"]
+    tried: bool = True
+    may_exist: bool = False
+
+
+def judge(
+    error: RemoteError,
+    guarantee: Guarantee,
+    *,
+    tries: int,
+    max_tries: int,
+    on_unknown: Literal["fail", "retry"],
+) -> Verdict:
+    """What an error of create proves, and what to do: SPEC 2.5's tables. `tries` counts this one."""
+    if isinstance(error, Throttled):
+        return Verdict("repeat", tried=False, may_exist=error.job_may_exist)
+    if isinstance(error, RemoteUserError | AuthError | NotFound | AlreadyExists):
+        return Verdict("refused")
+    if not error.job_may_exist:
+        return Verdict("repeat" if tries < max_tries else "refused")
+    if guarantee == "at-most-once" and on_unknown == "fail":
+        return Verdict("stuck", may_exist=True)
+    return Verdict("repeat" if tries < max_tries else "stuck", may_exist=True)
+
+
+def failure_of(error: RemoteError) -> PhaseInfo:
+    """The phase that an attempt ends with when this error is final."""
+    code, message = error.code or type(error).__name__, error.message
+    if isinstance(error, RemoteUserError | AuthError | NotFound | AlreadyExists):
+        return PhaseInfo.failure(code, message)
+    return PhaseInfo.system_retryable_failure(code, message)
+
+
+def outcome_unknown(job: Job, told: str) -> PhaseInfo:
+    return PhaseInfo.system_failure(
+        "CreateOutcomeUnknown",
+        f"create was sent and its outcome is unknown ({told}). The service can't be asked by key, so nothing is "
+        f"repeated: look for job {job.record.key} there, then settle the record; its place in the quota stays taken "
+        "until then",
+    )
+
+
+def back_off(tries: int, base: timedelta, cap: timedelta) -> float:
+    """Seconds until the next try: exponential with full jitter."""
+    ceiling = min(cap.total_seconds(), base.total_seconds() * 2 ** min(tries - 1, 30))
+    return random.uniform(0.1, 1.0) * ceiling
+
+
+# --- the way of a create ---------------------------------------------------------------------
+
+
+async def submit(services: Services, calls: Calls, job: Job, *, unsent: bool) -> Submitted:
+    """Bring a job from its first record to existence.
+
+    Args:
+        unsent: no create can have been sent for this record yet; False for a record of another process that may
+            have died while sending.
+
+    Raises:
+        LedgerConflict: another process owns the job now.
+        LedgerUnavailable: nothing was started that could not be remembered.
+    """
+    waits = job.record.state is JobState.SLOT_REQUESTED
+    if waits and not await job.unless_ending(partial(_take_place, services, job)):
+        return GivenUp()
+    if is_sync(job.loaded):
+        return await _do(services, calls, job, unsent=unsent)
+    return await _create(services, calls, job, unsent=unsent)
+
+
+async def _take_place(services: Services, job: Job) -> None:
+    """Wait for the job's place in its quota, and write it down with the lease."""
+    quota = job.record.quota
+    assert quota is not None
+    # Where a lost answer can't be cleared up, create must not count as sent while it waits for its permit.
+    event = Event.SENDING if guarantee(job.loaded) != "at-most-once" else Event.PLACE_GRANTED
+    since = services.clock.now()
+
+    async def admit(slot: SlotLease) -> bool:
+        fault_point("KP-04")
+        lease = Lease(id=slot.id, until=slot.until)
+        job.note("SLOT_HELD", services.clock.now())
+        if not await try_persist(services, job, event, lease=lease):
+            job.steps.pop()
+            return False
+        job.lease = lease
+        return True
+
+    def waiting(wait: Waiting) -> None:
+        told = (
+            f"quota {wait.name}: limit {wait.limit}, position {wait.position}, "
+            f"waits for {wait.waited.total_seconds():.0f} s"
+        )
+        job.note("WAITING_FOR_RESOURCES", since, told)
+        info = PhaseInfo.waiting_for_resources(told)
+        job.last = info
+        job.request.reporter.phase(job.record, info, waiting_for_quota=True)
+
+    fault_point("KP-02")
+    await services.quotas.acquire(
+        quota,
+        weight=job.record.weight,
+        holder=job.record.task_run,
+        admit=admit,
+        waiting=waiting,
+    )
+    fault_point("KP-05")
+
+
+async def _create(services: Services, calls: Calls, job: Job, *, unsent: bool) -> Submitted:
+    loaded = job.loaded
+    settings = loaded.settings
+    promise = guarantee(loaded)
+    on_unknown = job.request.options.on_unknown_create or settings.on_unknown_create
+    plugin = loaded.plugin
+    assert isinstance(plugin, AsyncPlugin)
+    can_find = overrides(plugin, "find")
+    tries = job.record.details.tries
+    if not unsent:
+        if promise == "at-most-once" and not can_find:
+            if on_unknown == "fail":
+                info = outcome_unknown(job, "the process that sent it has ended")
+                await _note_stuck(services, job, info)
+                return Stuck(info)
+            logger.warning(
+                "create of job %s is sent again: a duplicate is accepted", job.record.key
+            )
+        elif can_find and (promise != "key" or job.ending is not None):
+            found = await _find(services, calls, job)
+            if found is not None:
+                return await _adopt(services, job, found)
+            unsent = True  # it would be visible by now
+    failed = 0
+    while True:
+        if not await job.unless_ending(partial(calls.permit, loaded, "write")):
+            if unsent:
+                return GivenUp()
+            if promise == "at-most-once" and not can_find:
+                info = outcome_unknown(job, "it was cancelled meanwhile")
+                await _note_stuck(services, job, info)
+                return Stuck(info)
+            if can_find:
+                found = await _find(services, calls, job)
+                if found is not None:
+                    return await _adopt(services, job, found)
+                return GivenUp()
+            # Only the key can tell: the repetition answers with the job, and then it is deleted.
+            await calls.permit(loaded, "write")
+        tries += 1
+        if job.record.state is not JobState.CREATING or tries > 1:
+            await persist(services, job, Event.SENDING, tries=tries)
+        fault_point("KP-06")
+        try:
+            made = await calls.create(loaded, job.view)
+        except RemoteError as error:
+            fault_point("KP-08")
+            failed += 0 if isinstance(error, Throttled) else 1
+            verdict = judge(
+                error,
+                promise,
+                tries=failed,
+                max_tries=settings.max_create_attempts,
+                on_unknown=on_unknown,
+            )
+            unsent = unsent and not verdict.may_exist
+            if isinstance(error, AlreadyExists):
+                return await _adopt_existing(services, calls, job, error)
+            match verdict.then:
+                case "refused":
+                    info = failure_of(error)
+                    return Refused(info)
+                case "stuck":
+                    info = (
+                        outcome_unknown(job, f"{error.code}: {error.message}")
+                        if promise == "at-most-once" and on_unknown == "fail"
+                        else failure_of(error)
+                    )
+                    await _note_stuck(services, job, info)
+                    return Stuck(info)
+                case "repeat":
+                    if verdict.may_exist and promise == "at-most-once":
+                        logger.warning(
+                            "create of job %s is sent again after an unknown outcome: a duplicate is accepted",
+                            job.record.key,
+                        )
+                    delay = back_off(max(1, failed), settings.retry_base, settings.retry_cap)
+                    if isinstance(error, Throttled):
+                        delay = 0.0  # the gate is closed for as long as the service asked
+                        job.request.reporter.phase(
+                            job.record,
+                            PhaseInfo.not_ready(f"the service throttles: {error.message}"),
+                            waiting_for_quota=False,
+                        )
+                    await job.unless_ending(partial(services.clock.sleep, delay))
+                    if verdict.may_exist and can_find and promise != "key":
+                        found = await _find(services, calls, job)
+                        if found is not None:
+                            return await _adopt(services, job, found)
+                        unsent = True
+        else:
+            fault_point("KP-08")
+            return await _adopt(services, job, made)
+
+
+async def _note_stuck(services: Services, job: Job, info: PhaseInfo) -> None:
+    if job.record.state is not JobState.SUSPECT:
+        await persist(services, job, Event.NO_ANSWER, phase=info, last_error=info.reason)
+
+
+async def _adopt(services: Services, job: Job, made: CreateResult[Any, Any]) -> Submitted:
+    """Write the handle down before anything else is done with it."""
+    if made.fingerprint and not job.record.fingerprint.startswith(made.fingerprint):
+        return _conflict(job)
+    if made.resource_meta is None:
+        info = PhaseInfo.system_failure(
+            "NoHandle",
+            "create returned None as the handle; return what `get` and `delete` need to name the job",
+        )
+        await _note_stuck(services, job, info)
+        return Stuck(info)
+    try:
+        text = handle_adapter(job.loaded).dump_json(made.resource_meta).decode()
+    except ValueError as error:
+        raise HandleNotStorable(
+            f"the handle of job {job.record.key} can't be stored: {error}"
+        ) from error
+    job.handle = made.resource_meta
+    job.note("QUEUED", services.clock.now())
+    await persist(
+        services, job, Event.HANDLE_KNOWN, handle=text, created_remotely_at=services.clock.now()
+    )
+    fault_point("KP-09")
+    return Alive(made.resource)
+
+
+async def _adopt_existing(
+    services: Services, calls: Calls, job: Job, error: AlreadyExists
+) -> Submitted:
+    """Create met a job under our key: ours if what it was made from is ours."""
+    found: CreateResult[Any, Any] | None = None
+    if error.handle is not None:
+        found = CreateResult(error.handle, fingerprint=error.fingerprint)
+    elif isinstance(job.loaded.plugin, AsyncPlugin) and overrides(job.loaded.plugin, "find"):
+        found = await _find(services, calls, job)
+    theirs = error.fingerprint or (found.fingerprint if found else None)
+    # A key of ours is a hash over the fingerprint already; a key that the user gave is not.
+    proven = job.request.caller.idempotency_key is None if theirs is None else True
+    if found is None or not proven:
+        return _conflict(job)
+    return await _adopt(services, job, CreateResult(found.resource_meta, found.resource, theirs))
+
+
+def _conflict(job: Job) -> Refused:
+    info = PhaseInfo.failure(
+        "IdempotencyConflict",
+        f"the service has a job named {job.record.key} that was not made from this task's spec, or can't be shown to "
+        "be. It is left alone; use another idempotency_key",
+    )
+    return Refused(info)
+
+
+async def _find(services: Services, calls: Calls, job: Job) -> CreateResult[Any, Any] | None:
+    """Look for the job until it would be visible; None: there is none.
+
+    A service may need its visibility delay before it shows a new job, so "not found" is believed only when that
+    time has passed since create was last sent.
+    """
+    plugin = job.loaded.plugin
+    assert isinstance(plugin, AsyncPlugin)
+    delay = plugin.visibility_delay
+    visible = job.record.updated_at + (
+        delay if delay is not None else job.loaded.settings.visibility_delay
+    )
+    pause = FIND_FIRST_DELAY
+    while True:
+        try:
+            found = await calls.find(job.loaded, job.view)
+        except NotFound:
+            found = None
+        except RemoteError as error:
+            logger.info("find of job %s failed: %s", job.record.key, error.message)
+        else:
+            if found is not None:
+                return found
+        left = (visible - services.clock.now()).total_seconds()
+        if left <= 0:
+            return None
+        await services.clock.sleep(min(pause, left + 0.01))
+        pause *= 2
+
+
+async def _do(services: Services, calls: Calls, job: Job, *, unsent: bool) -> Submitted:
+    """A synchronous service: one call that answers with the end."""
+    loaded = job.loaded
+    settings = loaded.settings
+    promise = guarantee(loaded)
+    tries = job.record.details.tries
+    if not unsent and promise == "at-most-once":
+        return _do_unknown("the process that sent it has ended")
+    failed = 0
+    while True:
+        if not await job.unless_ending(partial(calls.permit, loaded, "write")):
+            return GivenUp()
+        tries += 1
+        if job.record.state is not JobState.CREATING or tries > 1:
+            await persist(services, job, Event.SENDING, tries=tries)
+        fault_point("KP-38")
+        try:
+            answer: list[PhaseInfo] = []
+            wanted = await job.unless_ending(partial(_send, calls, job, answer))
+        except RemoteError as error:
+            failed += 0 if isinstance(error, Throttled) else 1
+            verdict = judge(
+                error,
+                promise,
+                tries=failed,
+                max_tries=settings.max_create_attempts,
+                on_unknown="fail",
+            )
+            if verdict.then == "stuck" and promise == "at-most-once":
+                return _do_unknown(f"{error.code}: {error.message}")
+            if verdict.then != "repeat":
+                return Refused(failure_of(error))
+            if not isinstance(error, Throttled):
+                delay = back_off(failed, settings.retry_base, settings.retry_cap)
+                await job.unless_ending(partial(services.clock.sleep, delay))
+        else:
+            if not answer:  # cancelled: the call was dropped, what it did is not known
+                assert not wanted
+                return Answered(PhaseInfo.aborted("the call was cancelled"))
+            info = answer[0]
+            if not info.phase.is_terminal:
+                info = PhaseInfo.system_failure(
+                    "NonTerminalSyncPhase",
+                    f"do returned {info.phase.name}; it must return a terminal phase",
+                )
+            return Answered(info)
+
+
+async def _send(calls: Calls, job: Job, answer: list[PhaseInfo]) -> None:
+    answer.append(await calls.do(job.loaded, job.view, DO_TIMEOUT))
+
+
+def _do_unknown(told: str) -> Refused:
+    info = PhaseInfo.system_failure(
+        "OutcomeUnknown",
+        f"the call was sent and its outcome is unknown ({told}); it is not repeated, since the plugin does not "
+        "declare it idempotent",
+    )
+    return Refused(info)

@@ -1,0 +1,499 @@
+"""One transaction of the ledger's writer: many intents and moves, at most ten statements.
+
+Each statement is a set statement over one JSON parameter: the number of statements is what a
+transaction costs, not the number of rows. What was asked is answered in order of arrival. An answer
+such as "lost" or "full" is no error. Locks are taken in one order by all processes: groups, claims
+and jobs, quotas.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from sqlalchemy import Connection, Row, TextClause, text
+
+from prefect_webapi.contract.errors import LedgerError
+from prefect_webapi.contract.keys import (
+    JobKey,
+    canonical_json,
+    is_visible,
+    job_key,
+    lowest_free,
+)
+from prefect_webapi.ledger.records import Draft, Drawn, JobState, Move, MoveResult, Record
+from prefect_webapi.ledger.rows import RecordReader, has_failed, micros, plain_text, row_of
+
+__all__ = ["Intent", "Operation", "Shift", "Statements", "json_rows", "run"]
+
+Rows: TypeAlias = Sequence[Row[Any]]
+
+
+@dataclass(slots=True, eq=False)
+class Intent:
+    """A draft that waits for its record."""
+
+    draft: Draft
+    future: asyncio.Future[Drawn]
+    levels: str = ""
+    answer: Drawn | LedgerError | None = None
+
+    def __post_init__(self) -> None:
+        self.levels = canonical_json(dict(self.draft.levels))
+
+
+@dataclass(slots=True, eq=False)
+class Shift:
+    """A move that waits for its outcome. Its columns are made where it is asked for."""
+
+    move: Move
+    future: asyncio.Future[MoveResult]
+    columns: dict[str, Any] = field(default_factory=dict[str, Any])
+    answer: MoveResult | LedgerError | None = None
+
+    def __post_init__(self) -> None:
+        move, old = self.move, self.move.old
+        reason, details = move.cancel_reason, move.details
+        self.columns = {
+            "key": old.key,
+            "was": old.state,
+            "had": old.fence,
+            "state": move.state,
+            "fence": old.fence + 1 if move.take_over else old.fence,
+            "runtime": move.runtime,
+            "handle": move.handle,
+            "cancel_reason": None if reason is None else plain_text(reason),
+            "counted": None,
+            "failed": None if details is None else int(has_failed(details)),
+            "updated_at": micros(move.at),
+            "details": None if details is None else details.model_dump_json(),
+        }
+
+    @property
+    def counts(self) -> bool:
+        return self.move.count != 0 and self.move.old.quota is not None
+
+    def may_change(self, row: Row[Any]) -> bool:
+        return row.state == self.columns["was"] and row.fence == self.columns["had"]
+
+    def was_done(self, row: Row[Any]) -> bool:
+        """Whether the row is as this move would have left it."""
+        new = self.columns
+        return (
+            row.state == new["state"]
+            and row.fence == new["fence"]
+            and row.updated_at == new["updated_at"]
+            and new["runtime"] in (None, row.runtime)
+        )
+
+
+Operation: TypeAlias = Intent | Shift
+
+_JOB = {
+    "key": "text",
+    "base": "text",
+    "ordinal": "int",
+    "attempt": "int",
+    "state": "text",
+    "fence": "int",
+    "runtime": "text",
+    "plugin": "text",
+    "task_type": "text",
+    "connection": "text",
+    "fingerprint": "text",
+    "quota": "text",
+    "weight": "int",
+    "counted": "smallint",
+    "failed": "smallint",
+    "handle": "text",
+    "cancel_reason": "text",
+    "flow_run": "text",
+    "root_run": "text",
+    "task_run": "text",
+    "deadline": "bigint",
+    "created_at": "bigint",
+    "updated_at": "bigint",
+    "details": "text",
+}
+_SHIFT = {"was": "text", "had": "int"} | {
+    name: _JOB[name]
+    for name in (
+        *("key", "state", "fence", "runtime", "handle", "cancel_reason", "counted", "failed"),
+        *("updated_at", "details"),
+    )
+}
+
+
+class Statements:
+    """The statements of one dialect, made once: SQLAlchemy and the driver keep them compiled."""
+
+    def __init__(self, dialect: str) -> None:
+        def values(**columns: str) -> str:
+            """The JSON parameter `v`, a list of objects, as rows."""
+            if dialect == "postgresql":
+                names = ", ".join(f"{name} {kind}" for name, kind in columns.items())
+                return f"jsonb_to_recordset(CAST(:v AS jsonb)) AS v({names})"
+            names = ", ".join(f"json_extract(value, '$.{name}') AS {name}" for name in columns)
+            return f"(SELECT {names} FROM json_each(:v)) AS v"
+
+        def for_update(table: str) -> str:  # SQLite's transaction has the whole data base locked
+            return f" FOR UPDATE OF {table}" if dialect == "postgresql" else ""
+
+        job_columns = ", ".join(_JOB)
+        kept = ("runtime", "handle", "cancel_reason", "counted", "failed", "details")
+        keep = ", ".join(f"{name} = coalesce(v.{name}, webapi_job.{name})" for name in kept)
+        claim = {"base": "text", "task_run": "text", "nth": "int"}
+
+        # SQLite's parser needs WHERE true before ON CONFLICT.
+        self.lock_groups = text(
+            f"INSERT INTO webapi_group (base, draws) SELECT base, 1 FROM {values(base='text')}"
+            " WHERE true ORDER BY base"
+            " ON CONFLICT (base) DO UPDATE SET draws = webapi_group.draws + 1"
+        )
+        self.own_claims = text(
+            f"SELECT c.base, c.task_run, c.nth, c.ordinal FROM {values(**claim)}"
+            " JOIN webapi_claim c ON c.base = v.base AND c.task_run = v.task_run AND c.nth = v.nth"
+        )
+        self.claims_of_execution = text(
+            "SELECT c.base, c.execution, c.levels, c.ordinal"
+            f" FROM {values(base='text', execution='text')} JOIN webapi_claim c"
+            " ON c.base = v.base AND c.execution = v.execution"
+        )
+        self.insert_claims = text(
+            "INSERT INTO webapi_claim (base, task_run, nth, execution, levels, ordinal)"
+            " SELECT base, task_run, nth, execution, levels, ordinal"
+            f" FROM {values(**claim, execution='text', levels='text', ordinal='int')} WHERE true"
+        )
+        self.records = text(
+            f"SELECT {', '.join(f'j.{name}' for name in _JOB)}"
+            f" FROM {values(base='text', ordinal='int')} JOIN webapi_job j"
+            " ON j.base = v.base AND j.ordinal = v.ordinal ORDER BY j.attempt"
+        )
+        self.insert_jobs = text(
+            f"INSERT INTO webapi_job ({job_columns}) SELECT {job_columns}"
+            f" FROM {values(**_JOB)} WHERE true"
+        )
+        self.lock_jobs = text(
+            "SELECT j.key, j.state, j.fence, j.runtime, j.quota, j.weight, j.counted, j.updated_at"
+            f" FROM {values(key='text')} JOIN webapi_job j ON j.key = v.key"
+            f" ORDER BY j.key{for_update('j')}"
+        )
+        self.lock_quotas = text(
+            f"SELECT q.name, q.live, q.lim FROM {values(name='text')} JOIN webapi_quota q"
+            f" ON q.name = v.name ORDER BY q.name{for_update('q')}"
+        )
+        self.update_jobs = text(
+            "UPDATE webapi_job SET state = v.state, fence = v.fence, updated_at = v.updated_at,"
+            f" {keep} FROM {values(**_SHIFT)}"
+            " WHERE webapi_job.key = v.key AND webapi_job.state = v.was"
+            " AND webapi_job.fence = v.had RETURNING webapi_job.key"
+        )
+        self.update_quotas = text(
+            f"UPDATE webapi_quota SET live = v.live FROM {values(name='text', live='int')}"
+            " WHERE webapi_quota.name = v.name"
+        )
+        self.ask_cancel = text(
+            "UPDATE webapi_job SET cancel_reason = :reason"
+            f" WHERE cancel_reason IS NULL AND key IN (SELECT key FROM {values(key='text')})"
+            " AND state NOT IN ('OVER', 'DELIVERED', 'CLOSED')"
+        )
+        pairs = {"base": "text", "ordinal": "int"}
+        # Each root run is deleted as a whole: as long as one is at work, a new execution may count
+        # on all it has made. So is each call: a later attempt must not find the earlier ones gone.
+        self.old_places = text(
+            "WITH busy AS (SELECT DISTINCT root_run FROM webapi_job"
+            " WHERE root_run <> '' AND (state <> 'CLOSED' OR updated_at >= :before))"
+            " SELECT j.base, j.ordinal FROM webapi_job j"
+            " LEFT JOIN busy ON busy.root_run = j.root_run"
+            " WHERE busy.root_run IS NULL AND j.state = 'CLOSED' AND j.updated_at < :before"
+            " GROUP BY j.base, j.ordinal ORDER BY j.base, j.ordinal"
+        )
+        self.lock_old_groups = text(
+            "SELECT g.base FROM webapi_group g WHERE g.base IN"
+            f" (SELECT base FROM {values(**pairs)}) ORDER BY g.base{for_update('g')}"
+        )
+        self.delete_jobs = text(
+            "DELETE FROM webapi_job AS j"
+            f" WHERE (j.base, j.ordinal) IN (SELECT base, ordinal FROM {values(**pairs)})"
+            " AND NOT EXISTS (SELECT 1 FROM webapi_job k WHERE k.base = j.base"
+            " AND k.ordinal = j.ordinal AND (k.state <> 'CLOSED' OR k.updated_at >= :before))"
+        )
+        self.delete_claims = text(
+            "DELETE FROM webapi_claim AS c"
+            f" WHERE c.base IN (SELECT base FROM {values(**pairs)}) AND NOT EXISTS"
+            " (SELECT 1 FROM webapi_job j WHERE j.base = c.base AND j.ordinal = c.ordinal)"
+        )
+        self.delete_groups = text(
+            "DELETE FROM webapi_group AS g"
+            f" WHERE g.base IN (SELECT base FROM {values(**pairs)})"
+            " AND NOT EXISTS (SELECT 1 FROM webapi_claim c WHERE c.base = g.base)"
+            " AND NOT EXISTS (SELECT 1 FROM webapi_job j WHERE j.base = g.base)"
+        )
+
+
+def json_rows(values: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """The parameter of a set statement."""
+    return {"v": json.dumps(list(values))}
+
+
+def _fetch(conn: Connection, statement: TextClause, values: Iterable[Mapping[str, Any]]) -> Rows:
+    return conn.execute(statement, json_rows(values)).all()
+
+
+def _apply(conn: Connection, statement: TextClause, values: Iterable[Mapping[str, Any]]) -> None:
+    conn.execute(statement, json_rows(values))
+
+
+def run(
+    conn: Connection,
+    statements: Statements,
+    reader: RecordReader,
+    operations: Sequence[Operation],
+    *,
+    repeated: bool,
+) -> None:
+    """Carry out `operations` (at most one move per key) and set their answers; the caller commits.
+
+    Args:
+        repeated: a commit of the same operations had an unknown end, so each may find its own work
+            done, and then says so.
+    """
+    for operation in operations:
+        operation.answer = None
+    intents = [o for o in operations if isinstance(o, Intent)]
+    if intents:
+        _draw(conn, statements, reader, intents, repeated)
+    shifts = [o for o in operations if isinstance(o, Shift)]
+    if shifts:
+        _shift(conn, statements, shifts, repeated)
+
+
+# --- intents ---------------------------------------------------------------------------------
+
+
+def _draw(
+    conn: Connection, sql: Statements, reader: RecordReader, intents: list[Intent], repeated: bool
+) -> None:
+    _apply(conn, sql.lock_groups, ({"base": b} for b in sorted({i.draft.base for i in intents})))
+    ordinals = _ordinals(conn, sql, intents)
+    places = {(i.draft.base, n): {"base": i.draft.base, "ordinal": n} for i, n in ordinals.items()}
+    newest: dict[tuple[str, int], Row[Any] | Record] = {
+        (row.base, row.ordinal): row for row in _fetch(conn, sql.records, places.values())
+    }
+    made: dict[JobKey, Record] = {}
+    for intent in intents:
+        draft, place = intent.draft, (intent.draft.base, ordinals[intent])
+        found = newest.get(place)
+        if found is None or _is_done_with(found, draft):
+            record = _new_record(draft, place[1], 1 if found is None else found.attempt + 1)
+            newest[place] = made[record.key] = record
+            intent.answer = Drawn(record, made=True)
+        elif isinstance(found, Record):
+            intent.answer = Drawn(found, made=False)
+        else:
+            try:
+                newest[place] = record = reader.read(found)
+            except LedgerError as exc:
+                intent.answer = exc
+            else:
+                intent.answer = Drawn(record, made=repeated and _was_made_for(draft, record))
+    if made:
+        _apply(conn, sql.insert_jobs, map(row_of, made.values()))
+
+
+def _is_done_with(newest: Row[Any] | Record, draft: Draft) -> bool:
+    """Whether a new attempt is due: the newest one is over, and its result can't be handed out."""
+    state = JobState.__members__.get(newest.state)
+    if state is None or not state.is_over:
+        return False
+    was_delivered = state is not JobState.OVER
+    failed = has_failed(newest.details) if isinstance(newest, Record) else newest.failed
+    if failed:
+        return was_delivered or draft.is_retry
+    return was_delivered and not draft.reuse_results
+
+
+def _was_made_for(draft: Draft, record: Record) -> bool:
+    return (
+        record.fence == 1
+        and record.state is draft.state
+        and record.runtime == draft.runtime
+        and record.task_run == draft.owner_task_run
+        and micros(record.created_at) == micros(record.updated_at) == micros(draft.at)
+    )
+
+
+def _new_record(draft: Draft, ordinal: int, attempt: int) -> Record:
+    return Record(
+        key=job_key(draft.base, ordinal, attempt),
+        base=draft.base,
+        ordinal=ordinal,
+        attempt=attempt,
+        state=draft.state,
+        fence=1,
+        runtime=draft.runtime,
+        plugin=draft.plugin,
+        task_type=draft.task_type,
+        connection=draft.connection,
+        fingerprint=draft.fingerprint,
+        quota=draft.quota,
+        weight=draft.weight,
+        flow_run=draft.flow_run,
+        root_run=draft.root_run,
+        task_run=draft.owner_task_run,
+        deadline=draft.deadline,
+        created_at=draft.at,
+        updated_at=draft.at,
+        details=draft.details,
+    )
+
+
+def _ordinals(conn: Connection, sql: Statements, intents: list[Intent]) -> dict[Intent, int]:
+    """The ordinal of each intent: its own claim's, or the lowest that no visible claim has."""
+    asked = [(i, _claim_of(i.draft)) for i in intents if not i.draft.pinned]
+    ordinals = {i: 0 for i in intents if i.draft.pinned}
+    if not asked:
+        return ordinals
+    columns = ("base", "task_run", "nth")
+    known = {
+        (row.base, row.task_run, row.nth): row.ordinal
+        for row in _fetch(
+            conn, sql.own_claims, (dict(zip(columns, c, strict=True)) for _, c in asked)
+        )
+    }
+    fresh = [(i, claim) for i, claim in asked if claim not in known]
+    if fresh:
+        groups = {_group_of(i.draft) for i, _ in fresh}
+        asked_for = ({"base": base, "execution": execution} for base, execution in groups)
+        draws = _Draws(_fetch(conn, sql.claims_of_execution, asked_for))
+        claims: list[dict[str, Any]] = []
+        for intent, claim in fresh:
+            if claim in known:  # the same call twice in this batch
+                continue
+            draft = intent.draft
+            known[claim] = ordinal = draws.draw(_group_of(draft), intent.levels, draft.levels)
+            row = dict(zip(columns, claim, strict=True))
+            row |= {"execution": draft.execution, "levels": intent.levels, "ordinal": ordinal}
+            claims.append(row)
+        _apply(conn, sql.insert_claims, claims)
+    return ordinals | {i: known[claim] for i, claim in asked}
+
+
+def _claim_of(draft: Draft) -> tuple[str, str, int]:
+    return draft.base, draft.task_run, draft.nth
+
+
+def _group_of(draft: Draft) -> tuple[str, str]:
+    return draft.base, draft.execution
+
+
+class _View:
+    """The ordinals that callers of equal levels see taken."""
+
+    __slots__ = ("levels", "next_free", "taken")
+
+    def __init__(self, levels: Mapping[str, str], taken: set[int]) -> None:
+        self.levels = levels
+        self.taken = taken
+        self.next_free = lowest_free(taken)
+
+    def take(self, ordinal: int) -> None:
+        self.taken.add(ordinal)
+        while self.next_free in self.taken:
+            self.next_free += 1
+
+
+class _Draws:
+    """Draws ordinals in order; earlier draws of the same batch count as taken."""
+
+    def __init__(self, claims: Rows) -> None:
+        self._claims: dict[tuple[str, str], list[tuple[Mapping[str, str], int]]] = defaultdict(list)
+        self._views: dict[tuple[str, str], dict[str, _View]] = defaultdict(dict)
+        parsed: dict[str, Mapping[str, str]] = {}
+        for row in claims:
+            if row.levels not in parsed:
+                parsed[row.levels] = json.loads(row.levels)
+            self._claims[row.base, row.execution].append((parsed[row.levels], row.ordinal))
+
+    def draw(self, group: tuple[str, str], written: str, levels: Mapping[str, str]) -> int:
+        claims, views = self._claims[group], self._views[group]
+        mine = views.get(written)
+        if mine is None:
+            taken = {ordinal for theirs, ordinal in claims if is_visible(theirs, levels)}
+            mine = views[written] = _View(levels, taken)
+        ordinal = mine.next_free
+        claims.append((levels, ordinal))
+        for view in views.values():
+            if is_visible(levels, view.levels):
+                view.take(ordinal)
+        return ordinal
+
+
+# --- moves -----------------------------------------------------------------------------------
+
+
+def _shift(conn: Connection, sql: Statements, shifts: list[Shift], repeated: bool) -> None:
+    due = shifts
+    if repeated or any(shift.counts for shift in shifts):
+        keys = ({"key": shift.move.old.key} for shift in shifts)
+        rows = {row.key: row for row in _fetch(conn, sql.lock_jobs, keys)}
+        due = [shift for shift in shifts if _may_change(shift, rows, repeated)]
+        due = _admit(conn, sql, due, rows)
+    if not due:
+        return
+    changed = {row.key for row in _fetch(conn, sql.update_jobs, (shift.columns for shift in due))}
+    for shift in due:
+        done = shift.move.old.key in changed
+        shift.answer = MoveResult.OK if done else MoveResult.LOST
+
+
+def _may_change(shift: Shift, rows: Mapping[str, Row[Any]], repeated: bool) -> bool:
+    row = rows.get(shift.move.old.key)
+    if row is not None and shift.may_change(row):
+        return True
+    done = row is not None and repeated and shift.was_done(row)
+    shift.answer = MoveResult.OK if done else MoveResult.LOST
+    return False
+
+
+def _admit(
+    conn: Connection, sql: Statements, shifts: list[Shift], rows: Mapping[str, Row[Any]]
+) -> list[Shift]:
+    """Take and give back places in order of arrival; returns the moves that may go on."""
+    names = {rows[s.move.old.key].quota for s in shifts if s.counts} - {None}
+    if not names:
+        return shifts
+    found = _fetch(conn, sql.lock_quotas, ({"name": name} for name in sorted(names)))
+    limits = {row.name: row.lim for row in found}
+    live = {row.name: row.live for row in found}
+    admitted: list[Shift] = []
+    for shift in shifts:
+        row = rows[shift.move.old.key]
+        shift.columns["counted"] = None
+        if shift.counts and row.quota is not None:
+            if shift.move.count > 0 and not row.counted:
+                if row.quota not in limits:
+                    shift.answer = LedgerError(
+                        f"limit {row.quota!r} has no row in the ledger: "
+                        "set it before a job takes a place"
+                    )
+                    continue
+                if live[row.quota] + row.weight > limits[row.quota]:
+                    shift.answer = MoveResult.FULL
+                    continue
+                live[row.quota] += row.weight
+                shift.columns["counted"] = 1
+            elif shift.move.count < 0 and row.counted:
+                if row.quota in live:
+                    live[row.quota] = max(0, live[row.quota] - row.weight)
+                shift.columns["counted"] = 0
+        admitted.append(shift)
+    changed = ({"name": r.name, "live": live[r.name]} for r in found if live[r.name] != r.live)
+    values = list(changed)
+    if values:
+        _apply(conn, sql.update_quotas, values)
+    return admitted

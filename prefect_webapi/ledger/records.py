@@ -1,0 +1,256 @@
+"""What the ledger remembers of a job, and the words for asking it. Values only: no SQL, no I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import Enum, StrEnum
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from prefect_webapi.contract.keys import Base, Fingerprint, JobKey
+from prefect_webapi.contract.phase import PhaseInfo
+
+__all__ = [
+    "FORMAT",
+    "Details",
+    "Draft",
+    "Drawn",
+    "JobState",
+    "Lease",
+    "Move",
+    "MoveResult",
+    "Outputs",
+    "QuotaRow",
+    "Record",
+    "RuntimeRow",
+    "Step",
+]
+
+FORMAT = 1
+"""Version of `Details`. A record with a higher one is refused readably, an older one is read."""
+
+
+class JobState(StrEnum):
+    """Where the ledger's knowledge of a job stands.
+
+    Source: SPEC 3.1. ST-6 LIVE is kept in memory only: losing it costs at most one repeated report.
+    """
+
+    INTENT = "INTENT"  # written before anything else; nothing remote
+    SLOT_REQUESTED = "SLOT_REQUESTED"  # waits for its quota; nothing remote
+    SLOT_HELD = "SLOT_HELD"  # has its place; nothing remote
+    CREATING = "CREATING"  # create may have reached the service
+    CREATED = "CREATED"  # handle known, job alive
+    CANCELLING = "CANCELLING"  # delete is a duty until the job is gone
+    SUSPECT = "SUSPECT"  # create's outcome unknown and can't be found out
+    OVER = "OVER"  # gone remotely, result kept here
+    DELIVERED = "DELIVERED"  # handed to Prefect, slot not given back yet
+    CLOSED = "CLOSED"  # nothing left to do
+
+    @property
+    def is_over(self) -> bool:
+        return self in (JobState.OVER, JobState.DELIVERED, JobState.CLOSED)
+
+    @property
+    def job_may_exist(self) -> bool:
+        return self in (
+            JobState.CREATING,
+            JobState.CREATED,
+            JobState.CANCELLING,
+            JobState.SUSPECT,
+        )
+
+
+class _Stored(BaseModel):
+    model_config = ConfigDict(frozen=True)  # a newer minor version may add fields: ignored
+
+
+class Lease(_Stored):
+    """Slots lent by Prefect. `until` is when they lapse unless renewed."""
+
+    id: str
+    until: datetime
+
+
+class Outputs(_Stored):
+    """A result: the value itself (JSON data), or where the result storage keeps it."""
+
+    value: Any = None
+    pointer: str | None = None
+
+
+class Step(_Stored):
+    """A phase as people saw it: its name (SPEC 2.4), when it began, why."""
+
+    name: str
+    at: datetime
+    reason: str = ""
+
+
+class Details(_Stored):
+    """The part of a record that only its owner and people read; stored as one JSON document.
+
+    Attributes:
+        attempt / max_attempts: as Prefect counted them when the record was made.
+        tries: how often create was sent; delete_tries: how often delete.
+        phase: the last one known; terminal once the job is over.
+        steps: history for people, oldest first.
+        stopped_by_us: an ABORTED job was ended by our delete.
+    """
+
+    format: int = FORMAT
+    task_name: str = ""
+    task_key: str = ""
+    deployment: str = ""
+    labels: dict[str, str] = Field(default_factory=dict)
+    namespace: str = ""
+    resource_namespace: str | None = None
+    on_exit: str = "cancel"
+    tries: int = 0
+    delete_tries: int = 0
+    created_remotely_at: datetime | None = None
+    phase: PhaseInfo | None = None
+    outputs: Outputs | None = None
+    lease: Lease | None = None
+    last_error: str | None = None
+    stopped_by_us: bool = False
+    steps: tuple[Step, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """One job. Identity is (base, ordinal, attempt); `key` is their hash.
+
+    Attributes:
+        fence: rises with each change of owner; who writes with an older one has lost the job.
+        runtime: id of the process that drives it.
+        fingerprint: what create sends, hashed.
+        quota: name of the limit whose places it takes; None: no quota. `weight`: how many.
+        counted: whether the admission row counts it now.
+        handle: JSON text; None until create has answered.
+        cancel_reason: set once somebody wants the job gone, by any process.
+        flow_run / root_run / task_run: ids of the runs that own it; empty outside a flow.
+    """
+
+    key: JobKey
+    base: Base
+    ordinal: int
+    attempt: int
+    state: JobState
+    fence: int
+    runtime: str
+    plugin: str
+    task_type: str
+    connection: str
+    fingerprint: Fingerprint
+    quota: str | None = None
+    weight: int = 1
+    counted: bool = False
+    handle: str | None = None
+    cancel_reason: str | None = None
+    flow_run: str = ""
+    root_run: str = ""
+    task_run: str = ""
+    deadline: datetime | None = None
+    created_at: datetime
+    updated_at: datetime
+    details: Details = field(default_factory=Details)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draft:
+    """A call that wants a job: what to look for, and the record to make if there is none.
+
+    Attributes:
+        base, task_run, nth: the claim; `nth` counts equal specs inside one task run.
+        execution, levels: which execution of which enclosing runs makes the call.
+        is_retry: a Prefect retry of this task run: its former attempt was delivered.
+        reuse_results: a delivered success may be handed out again.
+        pinned: the user gave the idempotency key: ordinal 0, no claims.
+        state: INTENT, SLOT_REQUESTED or CREATING (collapsed where nothing leaves in between).
+        task_run: claims' key; empty outside a flow run is allowed only if `nth` is unique.
+    """
+
+    base: Base
+    task_run: str
+    nth: int
+    execution: str
+    levels: Mapping[str, str]
+    is_retry: bool
+    reuse_results: bool
+    pinned: bool
+    state: JobState
+    runtime: str
+    plugin: str
+    task_type: str
+    connection: str
+    fingerprint: Fingerprint
+    quota: str | None
+    weight: int
+    flow_run: str
+    root_run: str
+    owner_task_run: str
+    deadline: datetime | None
+    at: datetime
+    details: Details
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """The record a call got. `made`: it is new, so nobody has acted for it yet."""
+
+    record: Record
+    made: bool
+
+
+class MoveResult(Enum):
+    OK = "ok"
+    FULL = "full"  # a quota has no room; nothing was changed
+    LOST = "lost"  # state or fence is not what was expected; nothing was changed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Move:
+    """A compare-and-set on (state, fence). What is None stays as it is.
+
+    Attributes:
+        old: the record as its writer knows it.
+        state: the new state (may equal the old one).
+        take_over: become the owner: the fence rises by one and `runtime` is set.
+        count: +1: take `weight` places of the quota's row, FULL if they are not free; -1: give them
+            back; 0: leave the row alone. Ignored for a record without quota.
+    """
+
+    old: Record
+    state: JobState
+    at: datetime
+    take_over: bool = False
+    runtime: str | None = None
+    handle: str | None = None
+    cancel_reason: str | None = None
+    details: Details | None = None
+    count: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class QuotaRow:
+    """Admission count of one limit: `live` places taken of `limit`."""
+
+    name: str
+    live: int
+    limit: int
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeRow:
+    """A process that drives jobs. `born`: the process's start time, tells a reused pid apart."""
+
+    id: str
+    host: str
+    pid: int
+    born: float
+    started: datetime
+    last_beat: datetime

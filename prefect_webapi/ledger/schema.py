@@ -1,0 +1,169 @@
+"""The ledger's tables, and how an older ledger is brought up to date.
+
+Instants are whole microseconds since 1970 (UTC) and flags are 0 or 1, so that both data bases hold
+and compare the same exact values.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sqlalchemy import (
+    BigInteger,
+    CheckConstraint,
+    Column,
+    Connection,
+    Double,
+    Index,
+    Integer,
+    MetaData,
+    SmallInteger,
+    Table,
+    Text,
+    UniqueConstraint,
+    inspect,
+    text,
+)
+
+from prefect_webapi.contract.errors import LedgerFormatTooNew
+
+__all__ = ["REVISION", "VERSION_TABLE", "bring_up_to_date", "claim", "group", "job", "metadata"]
+__all__ += ["quota", "runtime"]
+
+REVISION = "0001"
+"""The newest revision in `migrations/versions`; a test compares both."""
+
+VERSION_TABLE = "webapi_schema_version"
+_MIGRATIONS = Path(__file__).with_name("migrations")
+_UPGRADE_LOCK = 0x7765626170690001  # "webapi": one upgrade at a time in one Postgres data base
+
+metadata = MetaData()
+
+# One row per base: its lock orders the draws of all processes.
+group = Table(
+    "webapi_group",
+    metadata,
+    Column("base", Text, primary_key=True),
+    Column("draws", BigInteger, nullable=False),
+)
+
+# Which ordinal a call got. Only ever inserted, never moved; deleted with the records.
+claim = Table(
+    "webapi_claim",
+    metadata,
+    Column("base", Text, primary_key=True),
+    Column("task_run", Text, primary_key=True),
+    Column("nth", Integer, primary_key=True),
+    Column("execution", Text, nullable=False),
+    Column("levels", Text, nullable=False),  # JSON object: run id to state id
+    Column("ordinal", Integer, nullable=False),
+    Index("webapi_claim_execution", "base", "execution"),
+)
+
+job = Table(
+    "webapi_job",
+    metadata,
+    Column("key", Text, primary_key=True),
+    Column("base", Text, nullable=False),
+    Column("ordinal", Integer, nullable=False),
+    Column("attempt", Integer, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("fence", Integer, nullable=False),
+    Column("runtime", Text, nullable=False),
+    Column("plugin", Text, nullable=False),
+    Column("task_type", Text, nullable=False),
+    Column("connection", Text, nullable=False),
+    Column("fingerprint", Text, nullable=False),
+    Column("quota", Text),
+    Column("weight", Integer, nullable=False),
+    Column("counted", SmallInteger, nullable=False),
+    Column(
+        "failed", SmallInteger, nullable=False
+    ),  # the phase is not SUCCESS; means something once over
+    Column("handle", Text),
+    Column("cancel_reason", Text),
+    Column("flow_run", Text, nullable=False),
+    Column("root_run", Text, nullable=False),
+    Column("task_run", Text, nullable=False),
+    Column("deadline", BigInteger),
+    Column("created_at", BigInteger, nullable=False),
+    Column("updated_at", BigInteger, nullable=False),
+    Column("details", Text, nullable=False),  # JSON
+    UniqueConstraint("base", "ordinal", "attempt", name="webapi_job_identity"),
+    Index("webapi_job_root_run", "root_run"),
+    Index("webapi_job_flow_run", "flow_run"),
+)
+# Few rows are open or to be cancelled at a time, so these two stay small.
+Index(
+    "webapi_job_open",
+    job.c.runtime,
+    job.c.state,
+    sqlite_where=text("state <> 'CLOSED'"),
+    postgresql_where=text("state <> 'CLOSED'"),
+)
+Index(
+    "webapi_job_cancel",
+    job.c.runtime,
+    sqlite_where=text("cancel_reason IS NOT NULL"),
+    postgresql_where=text("cancel_reason IS NOT NULL"),
+)
+
+# live <= lim is no constraint: a limit may be lowered below what is taken.
+quota = Table(
+    "webapi_quota",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("live", Integer, nullable=False),
+    Column("lim", Integer, nullable=False),
+    CheckConstraint("live >= 0", name="webapi_quota_live"),
+)
+
+runtime = Table(
+    "webapi_runtime",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("host", Text, nullable=False),
+    Column("pid", Integer, nullable=False),
+    Column("born", Double, nullable=False),
+    Column("started", BigInteger, nullable=False),
+    Column("last_beat", BigInteger, nullable=False),
+)
+
+
+def bring_up_to_date(conn: Connection, address: str) -> None:
+    """Apply the migrations that are missing, inside the transaction of `conn`.
+
+    Two processes may do so at once: the second one waits and finds the work done. SQLite's
+    transaction must have been begun as IMMEDIATE.
+
+    Raises:
+        LedgerFormatTooNew: a migration was applied that this version does not know.
+    """
+    if conn.dialect.name == "postgresql":
+        conn.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _UPGRADE_LOCK})
+    found = _revision(conn)
+    if found == REVISION:
+        return
+
+    from alembic import command  # slow to import, and needed only here
+    from alembic.config import Config
+    from alembic.script import ScriptDirectory
+
+    config = Config()
+    config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
+    config.set_main_option("path_separator", "os")
+    config.attributes["connection"] = conn
+    known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
+    if found is not None and found not in known:
+        raise LedgerFormatTooNew(
+            f"the ledger at {address} has schema {found}, this version of prefect-webapi knows "
+            f"only up to {REVISION}: a newer version has written it. Upgrade prefect-webapi here, or "
+            "name another ledger."
+        )
+    command.upgrade(config, REVISION)
+
+
+def _revision(conn: Connection) -> str | None:
+    if not inspect(conn).has_table(VERSION_TABLE):
+        return None
+    return conn.execute(text(f"SELECT version_num FROM {VERSION_TABLE}")).scalar()

@@ -1,0 +1,241 @@
+"""The ledger on SQLite (a file) or Postgres. Writes go through one writer, reads through a pool."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from datetime import datetime
+from typing import Any, TypeVar
+
+import anyio
+from sqlalchemy import Connection, Executable, Row, delete, select, text
+from sqlalchemy.exc import SQLAlchemyError
+
+from prefect_webapi.clock import Clock
+from prefect_webapi.contract.keys import JobKey
+from prefect_webapi.ledger import schema
+from prefect_webapi.ledger.backend import Backend, Trouble
+from prefect_webapi.ledger.batch import json_rows
+from prefect_webapi.ledger.records import (
+    Draft,
+    Drawn,
+    JobState,
+    Move,
+    MoveResult,
+    QuotaRow,
+    Record,
+    RuntimeRow,
+)
+from prefect_webapi.ledger.rows import RecordReader, from_micros, micros, plain_text
+from prefect_webapi.ledger.writer import Writer
+
+__all__ = ["SqlStore"]
+
+T = TypeVar("T")
+
+_OVER = tuple(state for state in JobState if state.is_over)
+_PRUNED_AT_ONCE = 500
+_PAUSES = (0.05, 0.2, 0.5)
+
+_SET_QUOTA = text(
+    "INSERT INTO webapi_quota (name, live, lim) VALUES (:name, 0, :lim)"
+    " ON CONFLICT (name) DO UPDATE SET lim = excluded.lim"
+)
+_BEAT = text(
+    "INSERT INTO webapi_runtime (id, host, pid, born, started, last_beat)"
+    " VALUES (:id, :host, :pid, :born, :started, :last_beat)"
+    " ON CONFLICT (id) DO UPDATE SET last_beat = excluded.last_beat"
+)
+
+
+class SqlStore:
+    """A `Store` in a data base; open before use, close at the end, from one event loop.
+
+    Args:
+        url: `sqlite:///path` or `postgresql://user:password@host/database`.
+
+    Raises:
+        ConfigurationError: the URL names no ledger that could survive a process.
+    """
+
+    def __init__(self, url: str, *, clock: Clock) -> None:
+        self._backend = Backend(url)
+        self._clock = clock
+        self._engine = self._backend.make_engine()
+        self._reader = RecordReader(self._backend.address)
+        self._writer = Writer(self._backend, self._engine, self._reader, clock)
+        self._reads = self._engine.execution_options(**self._backend.read_options)
+
+    @property
+    def address(self) -> str:
+        return self._backend.address
+
+    @property
+    def is_shared(self) -> bool:
+        return self._backend.dialect == "postgresql"
+
+    async def open(self) -> None:
+        await anyio.to_thread.run_sync(self._backend.make_directory)
+        try:
+            await self._again(self._bring_up_to_date)
+        except BaseException:
+            with anyio.CancelScope(shield=True):
+                await self._engine.dispose()
+            raise
+        self._writer.start()
+
+    async def _bring_up_to_date(self) -> None:
+        async with self._engine.begin() as conn:
+            await conn.run_sync(schema.bring_up_to_date, self.address)
+
+    async def aclose(self) -> None:
+        with anyio.CancelScope(shield=True):
+            await self._writer.aclose()
+            await self._engine.dispose()
+
+    # --- jobs --------------------------------------------------------------------------------
+
+    async def intent(self, draft: Draft) -> Drawn:
+        return await self._writer.intent(draft)
+
+    async def move(self, move: Move) -> MoveResult:
+        return await self._writer.move(move)
+
+    async def get(self, key: JobKey) -> Record | None:
+        rows = await self._fetch(select(schema.job).where(schema.job.c.key == key))
+        return self._reader.read(rows[0]) if rows else None
+
+    async def select(
+        self,
+        *,
+        states: Collection[JobState] | None = None,
+        root_run: str | None = None,
+        flow_run: str | None = None,
+        runtime: str | None = None,
+        newest_first: bool = False,
+        limit: int | None = None,
+    ) -> Sequence[Record]:
+        job = schema.job.c
+        query = select(schema.job)
+        if states is not None:
+            query = query.where(job.state.in_(sorted(states)))
+            if JobState.CLOSED not in states:
+                query = query.where(text("state <> 'CLOSED'"))  # says that the small index will do
+        if root_run is not None:
+            query = query.where(job.root_run == root_run)
+        if flow_run is not None:
+            query = query.where(job.flow_run == flow_run)
+        if runtime is not None:
+            query = query.where(job.runtime == runtime)
+        if newest_first:
+            query = query.order_by(job.created_at.desc(), job.key.desc())
+        else:
+            query = query.order_by(job.created_at, job.key)
+        return self._reader.read_all(await self._fetch(query.limit(limit)))
+
+    # --- cancelling from outside -------------------------------------------------------------
+
+    async def ask_cancel(self, keys: Collection[JobKey], reason: str) -> None:
+        if not keys:
+            return
+        values = json_rows({"key": key} for key in sorted(keys)) | {"reason": plain_text(reason)}
+        await self._execute(self._writer.statements.ask_cancel, values)
+
+    async def cancels_asked(self, runtime: str) -> Sequence[Record]:
+        job = schema.job.c
+        query = (
+            select(schema.job)
+            .where(job.runtime == runtime, job.cancel_reason.is_not(None))
+            .where(job.state.not_in((*_OVER, JobState.CANCELLING)))
+            .order_by(job.created_at, job.key)
+        )
+        return self._reader.read_all(await self._fetch(query))
+
+    # --- quotas ------------------------------------------------------------------------------
+
+    async def set_quota(self, name: str, limit: int) -> None:
+        await self._execute(_SET_QUOTA, {"name": name, "lim": limit})
+
+    async def quotas(self) -> Sequence[QuotaRow]:
+        rows = await self._fetch(select(schema.quota).order_by(schema.quota.c.name))
+        return [QuotaRow(row.name, row.live, row.lim) for row in rows]
+
+    # --- who is alive ------------------------------------------------------------------------
+
+    async def beat(self, runtime: RuntimeRow) -> None:
+        values = {
+            "id": runtime.id,
+            "host": runtime.host,
+            "pid": runtime.pid,
+            "born": runtime.born,
+            "started": micros(runtime.started),
+            "last_beat": micros(runtime.last_beat),
+        }
+        await self._execute(_BEAT, values)
+
+    async def farewell(self, runtime: str) -> None:
+        await self._execute(delete(schema.runtime).where(schema.runtime.c.id == runtime))
+
+    async def runtimes(self) -> Sequence[RuntimeRow]:
+        rows = await self._fetch(select(schema.runtime).order_by(schema.runtime.c.started))
+        return [
+            RuntimeRow(
+                id=row.id,
+                host=row.host,
+                pid=row.pid,
+                born=row.born,
+                started=from_micros(row.started),
+                last_beat=from_micros(row.last_beat),
+            )
+            for row in rows
+        ]
+
+    # --- keeping it small --------------------------------------------------------------------
+
+    async def prune(self, before: datetime) -> int:
+        at = micros(before)
+        await self._execute(delete(schema.runtime).where(schema.runtime.c.last_beat < at))
+        places = [
+            {"base": row.base, "ordinal": row.ordinal}
+            for row in await self._fetch(self._writer.statements.old_places, {"before": at})
+        ]
+        deleted = 0
+        for start in range(0, len(places), _PRUNED_AT_ONCE):
+            values = json_rows(places[start : start + _PRUNED_AT_ONCE])
+            deleted += await self._writer.call(lambda conn, v=values: self._delete(conn, v, at))
+        return deleted
+
+    def _delete(self, conn: Connection, places: dict[str, str], before: int) -> int:
+        sql = self._writer.statements
+        conn.execute(sql.lock_old_groups, places).all()
+        deleted = conn.execute(sql.delete_jobs, {**places, "before": before}).rowcount
+        conn.execute(sql.delete_claims, places)
+        conn.execute(sql.delete_groups, places)
+        return deleted
+
+    # --- the two ways to the data base -------------------------------------------------------
+
+    async def _execute(self, statement: Executable, values: dict[str, Any] | None = None) -> None:
+        def work(conn: Connection) -> None:
+            conn.execute(statement, values)
+
+        await self._writer.call(work)
+
+    async def _fetch(
+        self, query: Executable, values: dict[str, Any] | None = None
+    ) -> Sequence[Row[Any]]:
+        async def read() -> Sequence[Row[Any]]:
+            async with self._reads.connect() as conn:
+                return (await conn.execute(query, values)).all()
+
+        return await self._again(read)
+
+    async def _again(self, work: Callable[[], Awaitable[T]]) -> T:
+        """Do what is repeatable, a few times while the trouble may pass."""
+        for pause in (*_PAUSES, None):
+            try:
+                return await work()
+            except (SQLAlchemyError, OSError) as exc:
+                if pause is None or self._backend.judge(exc) is not Trouble.PASSING:
+                    raise self._backend.unavailable(exc) from exc
+            await self._clock.sleep(pause)
+        raise AssertionError("unreachable")

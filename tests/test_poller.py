@@ -1,0 +1,253 @@
+"""Who is read when."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import anyio
+import pytest
+
+from prefect_webapi.clock import Clock
+from prefect_webapi.poller import Observation, Poller, ReadingPolicy, Watched, next_delay
+from tests.support.waiting import eventually
+
+POLICY = ReadingPolicy(initial=1.0, longest=30.0, workers=10)
+
+
+def test_the_gap_grows_with_the_age_of_the_job() -> None:
+    """REQ-18: a tenth of the age, from the first gap to the longest."""
+    assert next_delay(POLICY, age=0, failures=0) == 1.0
+    assert next_delay(POLICY, age=50, failures=0) == 5.0
+    assert next_delay(POLICY, age=3600, failures=0) == 30.0
+
+
+def test_failures_in_a_row_space_the_reads_out() -> None:
+    """REQ-18: a quarter of the longest gap, doubled by each further failure, never above the longest."""
+    delays = [next_delay(POLICY, age=10, failures=n) for n in range(1, 6)]
+    assert delays == [7.5, 15.0, 30.0, 30.0, 30.0]
+
+
+class Scripted:
+    """Answers by a function; remembers how many reads were open at once, per job and in all."""
+
+    def __init__(self, answer: Any, *, seconds: float = 0.0) -> None:
+        self.answer = answer
+        self.seconds = seconds
+        self.reads: list[list[Any]] = []
+        self.open: list[Any] = []
+        self.most_open = 0
+        self.twice_open = False
+
+    async def one(self, context: Any) -> Any:
+        return (await self._read([context], single=True))[0]
+
+    async def many(self, contexts: Sequence[Any]) -> Sequence[Any]:
+        return await self._read(list(contexts), single=False)
+
+    async def _read(self, contexts: list[Any], *, single: bool) -> list[Any]:
+        self.reads.append(contexts)
+        self.twice_open = self.twice_open or any(c in self.open for c in contexts)
+        self.open += contexts
+        self.most_open = max(self.most_open, len(self.open))
+        try:
+            await anyio.sleep(self.seconds)
+            return [self.answer(c, single) for c in contexts]
+        finally:
+            for c in contexts:
+                self.open.remove(c)
+
+
+class Bench:
+    """A running poller and what it delivered."""
+
+    def __init__(self, policy: ReadingPolicy, reading: Scripted, speed: float) -> None:
+        self.seen: list[Observation] = []
+        self.times: list[tuple[float, Any]] = []
+        self.clock = Clock(speed)
+        self.repeat = True
+        self.poller = Poller(policy, reading, self.take, self.clock)
+
+    async def take(self, observation: Observation) -> None:
+        self.seen.append(observation)
+        self.times.append((self.clock.monotonic(), observation.watched.token))
+        if self.repeat:
+            self.poller.again(observation.watched, failed=observation.error is not None)
+
+    def of(self, token: Any) -> list[float]:
+        return [at for at, who in self.times if who == token]
+
+
+@asynccontextmanager
+async def running(
+    policy: ReadingPolicy, reading: Scripted, *, speed: float = 1.0
+) -> AsyncIterator[Bench]:
+    bench = Bench(policy, reading, speed)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(bench.poller.run)
+        yield bench
+        tasks.cancel_scope.cancel()
+
+
+def fine(context: Any, single: bool) -> Any:
+    return f"snapshot of {context}"
+
+
+async def test_a_new_job_is_read_at_once() -> None:
+    """CASE-070, REQ-19."""
+    async with running(POLICY, Scripted(fine)) as bench:
+        bench.poller.watch("a", "a")
+        await eventually(lambda: bench.seen, within=1)
+        assert bench.seen[0].resource == "snapshot of a"
+
+
+async def test_no_gap_leaves_its_bounds() -> None:
+    """CASE-069: a job of 30 s with a longest gap of 5 s."""
+    policy = ReadingPolicy(initial=1.0, longest=5.0, workers=10)
+    async with running(policy, Scripted(fine), speed=20) as bench:
+        began = bench.clock.monotonic()
+        bench.poller.watch("a", "a")
+        await eventually(lambda: bench.clock.monotonic() - began > 30, within=5)
+        reads = bench.of("a")
+    gaps = [b - a for a, b in zip(reads, reads[1:], strict=False)]
+    assert min(gaps) >= 0.9 * policy.initial
+    assert (
+        max(gaps) <= 1.1 * policy.longest + 1.0
+    )  # one second of virtual time is 50 ms of this machine
+    assert len(reads) <= 25
+
+
+async def test_one_read_per_job_and_no_more_than_the_workers() -> None:
+    """CASE-071, REQ-20: 1,000 jobs."""
+    policy = ReadingPolicy(initial=0.01, longest=0.05, workers=10)
+    reading = Scripted(fine, seconds=0.001)
+    async with running(policy, reading) as bench:
+        for n in range(1000):
+            bench.poller.watch(n, n)
+        await eventually(lambda: len({who for _, who in bench.times}) == 1000, within=20)
+        await eventually(lambda: len(bench.seen) > 2000, within=20)
+    assert reading.most_open == 10
+    assert not reading.twice_open
+
+
+async def test_a_forgotten_job_is_not_read_again() -> None:
+    """CASE-072."""
+    policy = ReadingPolicy(initial=0.02, longest=0.05, workers=2)
+    async with running(policy, Scripted(fine)) as bench:
+        kept = bench.poller.watch("kept", "kept")
+        gone = bench.poller.watch("gone", "gone")
+        await eventually(lambda: bench.of("gone"), within=2)
+        bench.poller.forget(gone)
+        reads = len(bench.of("gone"))
+        more = len(bench.of("kept")) + 5
+        await eventually(lambda: len(bench.of("kept")) >= more, within=5)
+        assert len(bench.of("gone")) == reads
+        assert isinstance(kept, Watched)
+        assert len(bench.poller) == 1
+
+
+async def test_a_batch_service_is_asked_in_batches() -> None:
+    """CASE-081: 1,000 jobs and batches of 50 are 20 requests a cycle."""
+    policy = ReadingPolicy(initial=1.0, longest=30.0, workers=10, max_batch=50)
+    reading = Scripted(fine)
+    async with running(policy, reading) as bench:
+        bench.repeat = False
+        for n in range(1000):
+            bench.poller.watch(n, n)
+        await eventually(lambda: len(bench.seen) == 1000, within=10)
+    assert len(reading.reads) == 20
+
+
+async def test_later_cycles_of_a_batch_service_stay_in_batches() -> None:
+    """CASE-081: jitter doesn't tear the batches apart."""
+    policy = ReadingPolicy(initial=1.0, longest=1.0, workers=10, max_batch=50)
+    reading = Scripted(fine)
+    async with running(policy, reading, speed=2) as bench:
+        for n in range(500):
+            bench.poller.watch(n, n)
+        await eventually(lambda: len(bench.seen) >= 3000, within=20)
+        assert len(reading.reads) <= 1.5 * len(bench.seen) / 50
+
+
+async def test_only_the_jobs_that_a_batch_answer_lacks_fail() -> None:
+    """CASE-082: one job not mentioned and gone, one with an error of its own."""
+
+    def answer(context: Any, single: bool) -> Any:
+        if context == 1:
+            return KeyError("broken") if not single else "unused"
+        if context == 2 and not single:
+            return None
+        if context == 2:
+            raise LookupError("gone")
+        return "fine"
+
+    policy = ReadingPolicy(initial=1.0, longest=30.0, workers=1, max_batch=10)
+    async with running(policy, Scripted(answer)) as bench:
+        bench.repeat = False
+        for n in range(4):
+            bench.poller.watch(n, n)
+        await eventually(lambda: len(bench.seen) == 4, within=2)
+    failed = {o.watched.token: type(o.error) for o in bench.seen if o.error is not None}
+    assert failed == {1: KeyError, 2: LookupError}
+
+
+async def test_a_failed_batch_counts_for_each_of_its_jobs_and_for_no_other() -> None:
+    """CASE-083."""
+
+    def answer(context: Any, single: bool) -> Any:
+        if context < 3:
+            raise OSError("down")
+        return "fine"
+
+    policy = ReadingPolicy(initial=0.05, longest=0.4, workers=4, max_batch=3)
+    async with running(policy, Scripted(answer)) as bench:
+        bench.repeat = False
+        for n in range(6):
+            bench.poller.watch(n, n)
+        await eventually(lambda: len(bench.seen) == 6, within=5)
+        for observation in bench.seen:
+            assert (observation.error is not None) == (observation.watched.token < 3)
+
+
+async def test_a_hanging_read_holds_up_nobody_else() -> None:
+    """CASE-079: of 20 jobs and 10 workers one hangs."""
+    stuck = anyio.Event()
+
+    class Hanging(Scripted):
+        async def one(self, context: Any) -> Any:
+            if context == 0:
+                await stuck.wait()
+            return await super().one(context)
+
+    policy = ReadingPolicy(initial=0.02, longest=0.05, workers=10)
+    async with running(policy, Hanging(fine)) as bench:
+        for n in range(20):
+            bench.poller.watch(n, n)
+        await eventually(lambda: all(len(bench.of(n)) > 3 for n in range(1, 20)), within=5)
+        assert not bench.of(0)
+        stuck.set()
+        await eventually(lambda: bench.of(0), within=2)
+
+
+async def test_a_poller_starts_no_thread() -> None:
+    """One loop reads everything."""
+    before = threading.active_count()
+    async with running(POLICY, Scripted(fine)) as bench:
+        for n in range(100):
+            bench.poller.watch(n, n)
+        await eventually(lambda: len(bench.seen) >= 100, within=5)
+        assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("soon", [False, True])
+async def test_an_old_job_is_read_soon_again_if_asked(soon: bool) -> None:
+    """A job that was asked to end is read in short gaps, whatever its age."""
+    policy = ReadingPolicy(initial=0.05, longest=30.0, workers=1)
+    async with running(policy, Scripted(fine)) as bench:
+        bench.repeat = False
+        watched = bench.poller.watch("a", "a", age=3600)
+        await eventually(lambda: bench.seen, within=2)
+        bench.poller.again(watched, soon=soon)
+        assert (watched.gap < 1) is soon
