@@ -139,11 +139,11 @@ def _variable(path: str) -> str:
 
 
 def _unknown_variables(environment: Mapping[str, str]) -> list[Fault]:
-    known = [_variable(name) for name in WebApiSettings.model_fields]
     faults: list[Fault] = []
     for variable in sorted(environment):
-        if variable.upper().startswith(PREFIX) and variable.upper() not in known:
-            meant = near_miss(variable, known)
-            remedy = f"Did you mean `{meant}`?" if meant else "Remove it."
+        name = variable.upper().removeprefix(PREFIX).lower()
+        if variable.upper().startswith(PREFIX) and name not in WebApiSettings.model_fields:
+            meant = near_miss(name, WebApiSettings.model_fields)
+            remedy = f"Did you mean `{_variable(meant)}`?" if meant else "Remove it."
             faults.append(Fault(variable, "unknown setting", remedy=remedy))
     return faults

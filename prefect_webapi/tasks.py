@@ -48,9 +48,9 @@ from prefect.transactions import Transaction
 from prefect.utilities.annotations import NotSet
 from prefect.utilities.visualization import get_task_viz_tracker
 
-from prefect_webapi._prefect import service
-from prefect_webapi._prefect.body import Engine, Job, Unsaved, run_async, run_sync
+from prefect_webapi._prefect.body import Job, Unsaved, run_async, run_sync
 from prefect_webapi._prefect.identity import chain_here, run_key
+from prefect_webapi._prefect.options import Options
 from prefect_webapi.contract.errors import ConfigurationError, WebApiError
 from prefect_webapi.contract.task import JobSpec
 
@@ -318,31 +318,32 @@ def _reference(connection: Block | str | None) -> str | Unsaved | None:
 
 
 def _async_body(job: Job) -> Callable[..., Any]:
-    @functools.wraps(job.describe)
+    @functools.wraps(job.describe, updated=())
     async def body(*args: Any, **kwargs: Any) -> Any:
-        return await run_async(job, _engine, args, kwargs)
+        return await run_async(job, _settings, args, kwargs)
 
     return _known_to_prefect(body, job.describe)
 
 
 def _sync_body(job: Job) -> Callable[..., Any]:
-    @functools.wraps(job.describe)
+    @functools.wraps(job.describe, updated=())
     def body(*args: Any, **kwargs: Any) -> Any:
-        return run_sync(job, _engine, args, kwargs)
+        return run_sync(job, _settings, args, kwargs)
 
     return _known_to_prefect(body, job.describe)
 
 
 def _known_to_prefect(body: Callable[..., Any], describe: Callable[..., Any]) -> Callable[..., Any]:
+    body.__signature__ = inspect.signature(describe)  # a class hides its own
     if inspect.isfunction(describe):  # Prefect's task key then tells our bodies apart by theirs
         body.__prefect_task_source__ = describe  # pyright: ignore[reportFunctionMemberAccess] # Prefect's own mark
     return body
 
 
-def _engine() -> Engine:
+def _settings() -> Options:
     from prefect_webapi.settings import WebApiSettings
 
-    return service.engine(WebApiSettings.load)
+    return WebApiSettings.load()
 
 
 # --- retries -------------------------------------------------------------------------------------------

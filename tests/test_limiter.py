@@ -35,7 +35,7 @@ async def passes(gate: Gate, op: Op, count: int) -> list[float]:
 
     async def call() -> None:
         await gate.acquire(op)
-        left.append(asyncio.get_running_loop().time() - began)
+        left.append(round(asyncio.get_running_loop().time() - began, 6))
 
     async with asyncio.TaskGroup() as group:
         for _ in range(count):
@@ -49,7 +49,7 @@ def assert_below_the_line(left: Sequence[float], qps: float, burst: int) -> None
     for first in range(len(times)):
         for last in range(first, len(times)):
             most = burst + qps * (times[last] - times[first])
-            assert last - first + 1 <= most + 1e-6, (times[first], times[last])
+            assert last - first + 1 <= most + 1e-4, (times[first], times[last])
 
 
 def test_thirty_writes_at_five_per_second_stay_below_the_line_and_use_it() -> None:

@@ -10,26 +10,31 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import anyio
+import anyio.to_thread
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.context import TaskRunContext
 from prefect.states import Crashed
 from prefect.transactions import get_transaction
 from pydantic import BaseModel, ValidationError
 
-from prefect_webapi._prefect import states
+from prefect_webapi._prefect import service, states
 from prefect_webapi._prefect.causes import INTERRUPTS, Cause, cause_of
 from prefect_webapi._prefect.identity import Chain, caller, chain_here
-from prefect_webapi._prefect.reports import Display, TaskRunReporter
+from prefect_webapi._prefect.options import Options
+from prefect_webapi._prefect.reports import TaskRunReporter
+from prefect_webapi._prefect.service import Engine
 from prefect_webapi.contract.errors import ConfigurationError, EngineClosed, WebApiError
 from prefect_webapi.contract.faults import explain
 from prefect_webapi.contract.task import JobSpec
-from prefect_webapi.engine.host import HostApi, Ticket
 from prefect_webapi.engine.request import JobRequest, Outcome, Overrides
 
-__all__ = ["Engine", "Job", "Unsaved", "run_async", "run_sync"]
+if TYPE_CHECKING:  # the engine itself is loaded by the first job
+    from prefect_webapi.engine.host import Ticket
+
+__all__ = ["Job", "Unsaved", "run_async", "run_sync"]
 
 CANCEL_SECONDS = 25.0
 """Longest wait for the end of a cancelled job: a worker kills the process 30 s after it asked."""
@@ -77,15 +82,6 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
-class Engine:
-    """What the body needs of this process."""
-
-    host: HostApi
-    display: Display
-    run_key: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class _Call:
     """One attempt of a task run that waits for its job."""
 
@@ -93,22 +89,15 @@ class _Call:
     reporter: TaskRunReporter
     job: Job
 
-    def interrupted(self, interrupt: BaseException) -> Cause:
-        """Tell the engine what to do with the job."""
-        cause = cause_of(interrupt)
-        if self.job.on_exit == "leave" and not cause.is_task_timeout:
-            cause = replace(cause, leaves_job=True)
-        if cause.leaves_job:
-            self.ticket.detach()
-        else:
-            self.ticket.cancel(cause.reason)
-        return cause
-
 
 async def run_async(
-    job: Job, start: Callable[[], Engine], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    job: Job, load: Callable[[], Options], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Any:
-    """The body of an async task. Outside its own task run it only returns the spec."""
+    """The body of an async task. Outside its own task run it only returns the spec.
+
+    Args:
+        load: gives the process's settings, for its first job.
+    """
     try:
         described = job.describe(*args, **kwargs)
         if inspect.isawaitable(described):
@@ -118,26 +107,25 @@ async def run_async(
     spec, context = _checked(job, described), _own_context(job)
     if context is None:
         return spec
-    call = _admit(job, spec, context, start())
+    call: _Call | None = None
     try:
         try:
+            engine = service.started() or await anyio.to_thread.run_sync(service.start, load)
+            call = _admit(job, spec, context, engine)
             return _state(await call.ticket.outcome())
         except INTERRUPTS as interrupt:
-            cause = call.interrupted(interrupt)
-            if cause.leaves_job:
-                raise
-            outcome = await _until_stopped(call.ticket)
-            if cause.is_task_timeout:
-                raise
-            return _cancelled(cause, outcome, interrupt)
+            cause = _interrupted(call, interrupt)
+            outcome = await _until_stopped(call) if call and not cause.leaves_job else None
+            return _interrupted_end(call, cause, outcome, interrupt)
     except EngineClosed as error:
         return _left(error)
     finally:
-        call.reporter.close()
+        if call is not None:
+            call.reporter.close()
 
 
 def run_sync(
-    job: Job, start: Callable[[], Engine], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    job: Job, load: Callable[[], Options], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Any:
     """The body of a sync task."""
     try:
@@ -147,22 +135,20 @@ def run_sync(
     spec, context = _checked(job, described), _own_context(job)
     if context is None:
         return spec
-    call = _admit(job, spec, context, start())
+    call: _Call | None = None
     try:
         try:
+            call = _admit(job, spec, context, service.start(load))
             return _state(call.ticket.outcome_blocking())
         except INTERRUPTS as interrupt:
-            cause = call.interrupted(interrupt)
-            if cause.leaves_job:
-                raise
-            outcome = _until_stopped_blocking(call.ticket)
-            if cause.is_task_timeout:
-                raise
-            return _cancelled(cause, outcome, interrupt)
+            cause = _interrupted(call, interrupt)
+            outcome = _until_stopped_blocking(call) if call and not cause.leaves_job else None
+            return _interrupted_end(call, cause, outcome, interrupt)
     except EngineClosed as error:
         return _left(error)
     finally:
-        call.reporter.close()
+        if call is not None:
+            call.reporter.close()
 
 
 def _own_context(job: Job) -> TaskRunContext | None:
@@ -231,11 +217,6 @@ def _state(outcome: Outcome) -> State[Any]:
     return state
 
 
-def _cancelled(cause: Cause, outcome: Outcome | None, by: BaseException) -> State[Any]:
-    _keep_out_of_caches()
-    return states.cancelled(cause.reason, outcome, by=by)
-
-
 def _left(error: EngineClosed) -> State[Any]:
     _keep_out_of_caches()
     return Crashed(message=str(error), data=error)
@@ -248,18 +229,45 @@ def _keep_out_of_caches() -> None:
         transaction.write_on_commit = False
 
 
-async def _until_stopped(ticket: Ticket) -> Outcome | None:
+# --- interrupts ----------------------------------------------------------------------------------------
+
+
+def _interrupted(call: _Call | None, interrupt: BaseException) -> Cause:
+    """Tell the engine what shall become of the job."""
+    cause = cause_of(interrupt)
+    if call is None:
+        return cause
+    if call.job.on_exit == "leave" and not cause.is_task_timeout:
+        cause = replace(cause, leaves_job=True)
+    if cause.leaves_job:
+        call.ticket.detach()
+    else:
+        call.ticket.cancel(cause.reason)
+    return cause
+
+
+def _interrupted_end(
+    call: _Call | None, cause: Cause, outcome: Outcome | None, interrupt: BaseException
+) -> State[Any]:
+    """The state to end in; or the interrupt goes on, where Prefect has its own end for it."""
+    if cause.leaves_job or cause.is_task_timeout:
+        raise interrupt
+    _keep_out_of_caches()
+    return states.cancelled(cause.reason, outcome, by=interrupt, was_admitted=call is not None)
+
+
+async def _until_stopped(call: _Call) -> Outcome | None:
     """How the job ended; None when that isn't known in time. The delete goes on in any case."""
     with anyio.CancelScope(shield=True), anyio.move_on_after(CANCEL_SECONDS):
         try:
-            return await ticket.outcome()
+            return await call.ticket.outcome()
         except WebApiError:
             return None
     return None
 
 
-def _until_stopped_blocking(ticket: Ticket) -> Outcome | None:
+def _until_stopped_blocking(call: _Call) -> Outcome | None:
     try:
-        return ticket.outcome_blocking()
+        return call.ticket.outcome_blocking()
     except WebApiError:
         return None

@@ -7,12 +7,25 @@ import os
 import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from prefect_webapi._prefect.body import Engine
 from prefect_webapi._prefect.options import Options
 from prefect_webapi._prefect.reports import Display
 
-__all__ = ["close", "engine", "instead"]
+if TYPE_CHECKING:  # the engine itself is loaded by the first job
+    from prefect_webapi.engine.host import HostApi
+
+__all__ = ["Engine", "close", "instead", "start", "started"]
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """What a task needs of this process."""
+
+    host: HostApi
+    display: Display
+    run_key: str | None = None
 
 
 class _Process:
@@ -42,8 +55,13 @@ def _forget() -> None:
 os.register_at_fork(after_in_child=_forget)
 
 
-def engine(load: Callable[[], Options]) -> Engine:
-    """This process's engine; the first call makes it, from what `load` returns.
+def started() -> Engine | None:
+    """This process's engine, if there is one."""
+    return _here().engine
+
+
+def start(load: Callable[[], Options]) -> Engine:
+    """This process's engine; the first call makes it, from what `load` returns, in a second or two.
 
     Raises:
         ConfigurationError: the settings are wrong.
@@ -87,4 +105,5 @@ def _make(options: Options) -> tuple[Engine, Callable[[], None]]:
 
     display = Display(options.state_events_per_second)
     host = Host(lambda: make_runtime(options, display))
+    host._start()  # pyright: ignore[reportPrivateUsage] # here, so that it is off the flow's loop
     return Engine(host, display, options.run_key), host.close

@@ -142,22 +142,29 @@ def _failure(outcome: Outcome) -> State[Any]:
 
 
 def cancelled(
-    reason: str, outcome: Outcome | None = None, *, by: BaseException | None = None
+    reason: str,
+    outcome: Outcome | None = None,
+    *,
+    by: BaseException | None = None,
+    was_admitted: bool = True,
 ) -> State[Any]:
     """The end of a task whose job was stopped at our request.
 
     Args:
         reason: why.
         outcome: how the job ended; None: not known yet, its delete goes on.
-        by: what cancelled the task's body, so that its caller can be given it again.
+        by: what interrupted the task's body, so that its caller can be given it again.
+        was_admitted: False: the engine had not been asked for a job yet.
     """
-    if outcome is None:
+    if not was_admitted:
+        remote = "No job had been asked for."
+    elif outcome is None:
         remote = "The job had not ended yet; it is deleted in the background, and by the sweeper."
     elif outcome.info.phase is Phase.ABORTED:
         remote = f"Job {outcome.job_key} was stopped."
     else:
         remote = f"Remotely: {_ended(outcome)}"
-    return Cancelled(message=f"{reason}. {remote}", data=by)
+    return Cancelled(message=f"{_sentence(reason)}{remote}", data=by)
 
 
 def job_failed(outcome: Outcome) -> JobFailed:
@@ -169,10 +176,21 @@ def _ended(outcome: Outcome) -> str:
     info = outcome.info
     when = info.info.occurred_at
     at = f" at {when.isoformat(timespec='seconds')}" if when else ""
-    end = f"Job {outcome.job_key} ended{at}."
+    said = info.reason
     if info.err is not None:
-        return f"{info.err.code} ({info.err.kind}): {info.err.message or info.reason} {end}"
-    return f"{info.reason}. {end}" if info.reason else end
+        told = info.err.message or info.reason
+        said = (
+            f"{info.err.code} ({info.err.kind}): {told}"
+            if told
+            else f"{info.err.code} ({info.err.kind})"
+        )
+    return f"{_sentence(said)}Job {outcome.job_key} ended{at}."
+
+
+def _sentence(text: str) -> str:
+    """`text` with an end, so that another sentence may follow."""
+    text = text.strip()
+    return f"{text}{'' if text.endswith(('.', '!', '?', '…')) else '.'} " if text else ""
 
 
 # --- and back ------------------------------------------------------------------------------------------------

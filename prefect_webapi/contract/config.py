@@ -390,9 +390,8 @@ def _over(base: BaseModel, given: Mapping[str, Any]) -> dict[str, Any]:
     for name, field in type(base).model_fields.items():
         key = name if name in given else field.alias or name
         mine, theirs = getattr(base, name), merged.get(key)
-        if theirs is None:
-            if key not in merged or mine is not None:
-                merged[key] = mine
+        if key not in merged or (theirs is None and field.default is not None):
+            merged[key] = mine  # null means something only where it is the default
         elif isinstance(theirs, Mapping):
             told = cast(Mapping[str, Any], theirs)
             if isinstance(mine, BaseModel):

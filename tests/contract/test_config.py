@@ -457,7 +457,7 @@ class Server(Block):
 
 
 def test_a_block_keeps_configurations_the_way_prefect_stores_them() -> None:
-    """REQ-12, CASE-019 without a server."""
+    """REQ-12: the server's part is tested with a server."""
     block = Server(
         engine=PluginConfig(
             resource_quotas={"default": 3},

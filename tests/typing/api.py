@@ -58,7 +58,7 @@ async def async_flow() -> None:
     run_job.submit(kind=1)  # pyright: ignore[reportArgumentType, reportCallIssue] # a wrong type
     run_job.with_options(conection="prod")  # pyright: ignore[reportCallIssue] # a misspelt option
     run_job.with_options(on_exit="stay")  # pyright: ignore[reportArgumentType] # a wrong word
-    (await build_index(3)).url  # pyright: ignore[reportAttributeAccessIssue, reportUnusedExpression, reportUnknownMemberType] # a wrong field
+    print((await build_index(3)).url)  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType, reportUnknownArgumentType] # a wrong field
 
 
 @flow
@@ -73,7 +73,7 @@ def sync_flow() -> None:
     assert_type(task(1), Report)
 
     build_index_sync(3, sort="index")  # pyright: ignore[reportCallIssue] # an unknown argument
-    run_job_sync(kind=3)  # pyright: ignore[reportArgumentType, reportCallIssue] # a wrong type
+    run_job_sync(kind=3)  # pyright: ignore[reportArgumentType] # a wrong type
 
 
 def _describe(day: int) -> ReportJob:

@@ -1,0 +1,94 @@
+"""Job server: PUT, GET and DELETE /jobs/{name}; the name is the idempotency key."""
+
+from collections.abc import Sequence
+from functools import partial
+
+from prefect_webapi import (
+    AsyncPlugin,
+    CreateResult,
+    DeleteContext,
+    GetContext,
+    PhaseInfo,
+    PluginConfig,
+    RemoteClient,
+    RemoteUserError,
+    StatusContext,
+    TaskExecutionContextReader,
+    TaskInfo,
+    TaskLog,
+    path,
+)
+from prefect_webapi_jobserver.blocks import JobServer
+from prefect_webapi_jobserver.models import JobHandle, JobView, ReportJob
+
+PHASES = {  # every state of the server's API reference, section "Job states"
+    "queued": PhaseInfo.queued,
+    "initializing": PhaseInfo.initializing,
+    "running": PhaseInfo.running,
+    "succeeded": PhaseInfo.success,
+    "failed": partial(PhaseInfo.retryable_failure, "JobFailed"),
+    "cancelled": PhaseInfo.aborted,
+}
+
+
+class JobServerPlugin(AsyncPlugin[JobHandle, JobView]):
+    """Exactly once by key: PUT with a known name answers with the job that has it."""
+
+    guarantee = "key"
+    max_batch = 50
+
+    def __init__(self, connection: JobServer) -> None:
+        self._connection = connection
+        self._api = RemoteClient(
+            str(connection.base_url),
+            token=connection.token,
+            allow_insecure=connection.settings.allow_insecure,
+        )
+
+    def get_config(self) -> PluginConfig:
+        return self._connection.engine
+
+    async def create(self, ctx: TaskExecutionContextReader) -> JobHandle:
+        job = ctx.task_execution_metadata
+        body = {
+            "spec": ctx.spec(ReportJob).model_dump(mode="json"),
+            "fingerprint": job.fingerprint,
+            "labels": dict(job.labels),
+        }
+        await self._api.put(path("jobs", job.generated_name), json=body)
+        return JobHandle(name=job.generated_name)
+
+    async def find(
+        self, ctx: TaskExecutionContextReader
+    ) -> CreateResult[JobHandle, JobView] | None:
+        name = ctx.task_execution_metadata.generated_name
+        job = JobView.model_validate(await self._api.get(path("jobs", name)))
+        return CreateResult(JobHandle(name=job.name), job, job.fingerprint or None)
+
+    async def get(self, ctx: GetContext[JobHandle]) -> JobView:
+        return JobView.model_validate(await self._api.get(path("jobs", ctx.resource_meta.name)))
+
+    async def get_many(self, ctxs: Sequence[GetContext[JobHandle]]) -> Sequence[JobView | None]:
+        names = [ctx.resource_meta.name for ctx in ctxs]
+        found = await self._api.get("/jobs", params={"names": ",".join(names)})
+        jobs = {job.name: job for job in map(JobView.model_validate, found)}
+        return [jobs.get(name) for name in names]
+
+    async def delete(self, ctx: DeleteContext[JobHandle]) -> None:
+        try:
+            await self._api.delete(
+                path("jobs", ctx.resource_meta.name), params={"reason": ctx.reason}
+            )
+        except RemoteUserError as refused:
+            if refused.code != "HTTP409":  # 409: the job has ended by itself
+                raise
+
+    def status(self, ctx: StatusContext[JobHandle, JobView]) -> PhaseInfo:
+        job = ctx.resource
+        info = TaskInfo(logs=(TaskLog(name="Job", uri=job.link),) if job.link else ())
+        if job.state == "succeeded":
+            ctx.output_writer.put({"uri": f"{job.link}#report", "data": job.result})
+        return PHASES.get(job.state, PhaseInfo.undefined)(job.message, info=info)
+
+    async def aclose(self) -> None:
+        await self._api.aclose()

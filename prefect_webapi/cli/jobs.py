@@ -1,0 +1,117 @@
+"""`prefect-webapi jobs`: what the ledger knows of jobs. It reads only; it asks no remote service and no Prefect API."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+from uuid import UUID
+
+from cyclopts import App, Parameter
+from cyclopts.validators import Number
+
+from prefect_webapi.contract.errors import ConfigurationError
+from prefect_webapi.ledger.records import JobState
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.console import RenderableType
+
+    from prefect_webapi.cli.views import Attempt
+    from prefect_webapi.ledger.records import Record
+    from prefect_webapi.ledger.store import Store
+
+__all__ = ["app"]
+
+Json = Annotated[bool, Parameter(negative="", help="Print JSON instead of a table.")]
+
+app = App(name="jobs", help="Look at the jobs in the ledger.")
+
+
+@app.command(name="list")
+async def list_jobs(
+    *,
+    state: Annotated[
+        list[JobState] | None,
+        Parameter(negative="", help="Only jobs in this state of the ledger; may be given again."),
+    ] = None,
+    flow_run: Annotated[
+        UUID | None, Parameter(help="Only jobs of this flow run and of its subflows.")
+    ] = None,
+    limit: Annotated[
+        int, Parameter(validator=Number(gte=1, lte=100_000), help="Most jobs to show.")
+    ] = 50,
+    json: Json = False,
+) -> None:
+    """List jobs, newest first."""
+    from prefect_webapi.cli import screen, views
+    from prefect_webapi.cli.ledger import reading
+
+    async with reading(_ledger_url()) as store:
+        records = await _select(store, state, flow_run, limit + 1)
+        address = store.address
+    shown = records[:limit]
+    if json:
+        screen.say_json([views.job_data(record) for record in shown])
+        return
+    console = screen.console()
+    if not shown:
+        console.print(f"No job in the ledger at {address} matches.", highlight=False)
+        return
+    console.print(views.job_table(shown))
+    if len(records) > limit:
+        console.print(f"These are the newest {limit}; --limit shows more.", style="dim")
+
+
+@app.command
+async def show(
+    key: Annotated[str, Parameter(help="The job's key, as `jobs list` and Prefect's log show it.")],
+    /,
+    *,
+    json: Json = False,
+) -> None:
+    """Show one job: its phases with times, attempts, handle, link, and how it ended or why not."""
+    from prefect_webapi.cli import screen, views
+    from prefect_webapi.cli.ledger import reading
+    from prefect_webapi.contract.keys import JobKey
+
+    async with reading(_ledger_url()) as store:
+        record = await store.get(JobKey(key))
+        if record is None:
+            raise ConfigurationError(
+                f"the ledger at {store.address} has no job {key!r}. `prefect-webapi jobs list` shows those it has"
+            )
+        attempts = views.attempts_of(record, await _relatives(store, record))
+    if json:
+        screen.say_json(views.job_data(record, attempts))
+    else:
+        screen.console().print(*_page(record, attempts), sep="\n")
+
+
+def _page(record: Record, attempts: Sequence[Attempt]) -> list[RenderableType]:
+    from prefect_webapi.cli import views
+
+    return [views.job_page(record, attempts), "", views.step_table(record)]
+
+
+async def _select(
+    store: Store, states: Sequence[JobState] | None, flow_run: UUID | None, limit: int
+) -> Sequence[Record]:
+    if flow_run is None:
+        return await store.select(states=states, newest_first=True, limit=limit)
+    run = str(flow_run)
+    own = await store.select(states=states, flow_run=run, newest_first=True, limit=limit)
+    below = await store.select(states=states, root_run=run, newest_first=True, limit=limit)
+    both = {record.key: record for record in (*own, *below)}
+    return sorted(both.values(), key=lambda r: (r.created_at, r.key), reverse=True)[:limit]
+
+
+async def _relatives(store: Store, record: Record) -> Sequence[Record]:
+    if not record.root_run:
+        return [record]
+    return await store.select(root_run=record.root_run)
+
+
+def _ledger_url() -> str:
+    from prefect_webapi.settings import WebApiSettings
+
+    return WebApiSettings.load().ledger_url.get_secret_value()

@@ -1,0 +1,242 @@
+"""What was acknowledged survives: kills, lost connections, a commit whose end nobody saw, a full disk."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sqlite3
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, closing, contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import make_url
+
+from prefect_webapi.ledger.records import JobState, Move, MoveResult, QuotaRow
+from prefect_webapi.ledger.sql import SqlStore
+from tests.ledger.processes import finished, start_worker
+from tests.ledger.raw import raw
+from tests.support.ledger import another_store, draft_for, moved, sqlite_url
+
+ORDER = [JobState.CREATING, JobState.CREATED, JobState.OVER, JobState.CLOSED]
+
+
+def now() -> datetime:
+    return datetime.now(UTC)
+
+
+async def test_all_that_a_killed_process_had_acknowledged_is_there(ledger_url: str) -> None:
+    """L2: SIGKILL in the middle of writing, then the ledger is opened again."""
+    async with another_store(ledger_url):
+        pass
+    worker = start_worker("write", ledger_url, "victim")
+    assert worker.stdout is not None
+    told: list[Any] = []
+    for line in iter(worker.stdout.readline, ""):
+        told.append(json.loads(line))
+        if len(told) == 1500:
+            worker.kill()  # what it told until then is still read
+    worker.wait()
+    worker.stdout.close()
+    last: dict[str, int] = {}
+    for key, state in told:
+        last[key] = max(last.get(key, 0), ORDER.index(JobState(state)))
+    async with another_store(ledger_url) as store:
+        found = {r.key: r for r in await store.select()}
+        for key, rank in last.items():
+            assert ORDER.index(found[key].state) >= rank
+            assert rank == 0 or found[key].handle is not None
+
+
+# --- a connection that breaks around COMMIT --------------------------------------------------
+
+
+class Wire:
+    """A socket between store and server that can break at the next COMMIT."""
+
+    def __init__(self, directory: Path, server: Path) -> None:
+        self.path = directory / ".s.PGSQL.5432"
+        self._server = server
+        self.break_at: str | None = (
+            None  # "before": COMMIT is not sent; "after": its answer is lost
+        )
+        self.broken = 0
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        far_reader, far_writer = await asyncio.open_unix_connection(str(self._server))
+        answers = asyncio.ensure_future(self._pump(far_reader, writer))
+        try:
+            while data := await reader.read(65536):
+                if self.break_at and b"COMMIT" in data:
+                    at, self.break_at = self.break_at, None
+                    self.broken += 1
+                    answers.cancel()
+                    if at == "after":
+                        far_writer.write(data)
+                        await far_reader.read(65536)  # committed; the store will not hear of it
+                    break
+                far_writer.write(data)
+        except ConnectionError:
+            pass
+        finally:
+            answers.cancel()
+            for end in (far_writer, writer):
+                end.close()
+
+    @staticmethod
+    async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(65536):
+            writer.write(data)
+        writer.close()
+
+
+@asynccontextmanager
+async def wired(url: str) -> AsyncIterator[tuple[SqlStore, Wire]]:
+    server = make_url(url)
+    with tempfile.TemporaryDirectory(prefix="wire") as directory:
+        wire = Wire(Path(directory), Path(str(server.query["host"])) / ".s.PGSQL.5432")
+        listening = await asyncio.start_unix_server(wire.serve, str(wire.path))
+        through = server.update_query_dict({"host": directory})
+        async with another_store(through.render_as_string(hide_password=False)) as store:
+            yield store, wire
+        listening.close()
+        await listening.wait_closed()
+
+
+@pytest.mark.parametrize("break_at", ["before", "after"])
+async def test_a_commit_with_unknown_end_is_done_exactly_once(
+    postgres_url: str, break_at: str
+) -> None:
+    """Each kind of operation, whether or not the lost COMMIT took effect; none is done twice."""
+    async with wired(postgres_url) as (store, wire):
+        await store.set_quota("limit", 2)
+        quota = {"state": JobState.SLOT_REQUESTED, "quota": "limit"}
+        full_1, full_2, full_3, taken, moving, lost = (
+            (
+                (await store.intent(draft_for(name, **kind))).record
+                for name, kind in (
+                    *((f"full {n}", quota) for n in range(3)),
+                    *((name, {}) for name in ("taken", "moving", "lost")),
+                )
+            )
+            if False
+            else [
+                (await store.intent(draft_for(name, **kind))).record
+                for name, kind in (
+                    ("full 1", quota),
+                    ("full 2", quota),
+                    ("full 3", quota),
+                    ("taken", {}),
+                    ("moving", {}),
+                    ("lost", {}),
+                )
+            ]
+        )
+        full_1 = await moved(store, full_1, JobState.SLOT_HELD, count=1)
+        await moved(store, lost, JobState.CREATED)
+
+        wire.break_at = break_at
+        results = await asyncio.gather(
+            store.intent(draft_for("new")),
+            store.intent(draft_for("new", task_run="equal")),
+            store.intent(draft_for("new")),
+            store.intent(draft_for("taken")),
+            store.move(Move(old=full_1, state=JobState.OVER, at=now(), count=-1)),
+            store.move(Move(old=full_2, state=JobState.SLOT_HELD, at=now(), count=1)),
+            store.move(Move(old=full_3, state=JobState.SLOT_HELD, at=now(), count=1)),
+            store.move(
+                Move(old=taken, state=taken.state, at=now(), take_over=True, runtime="runtime-2")
+            ),
+            store.move(Move(old=moving, state=JobState.CREATED, at=now(), handle='"h"')),
+            store.move(Move(old=lost, state=JobState.SUSPECT, at=now())),
+        )
+        assert wire.broken == 1
+        new, equal, same, adopted = results[:4]
+        assert [d.made for d in (new, equal, same, adopted)] == [True, True, False, False]
+        assert [d.record.ordinal for d in (new, equal, same)] == [0, 1, 0]
+        ok = [MoveResult.OK] * 5
+        assert list(results[4:]) == [*ok, MoveResult.LOST]
+
+        rows = {r.key: r for r in await store.select()}
+        assert len(rows) == 8
+        assert await store.quotas() == [QuotaRow("limit", live=2, limit=2)]
+        assert (rows[taken.key].fence, rows[taken.key].runtime) == (2, "runtime-2")
+        assert (rows[moving.key].state, rows[moving.key].handle) == (JobState.CREATED, '"h"')
+        assert rows[lost.key].state is JobState.CREATED
+
+
+async def test_a_move_that_another_process_overtook_meanwhile_is_lost(postgres_url: str) -> None:
+    """After an unknown end only our own work counts as done."""
+    async with wired(postgres_url) as (store, wire):
+        record = (await store.intent(draft_for())).record
+        wire.break_at = "before"
+        async with another_store(postgres_url) as other:
+            mine = asyncio.ensure_future(
+                store.move(Move(old=record, state=JobState.CREATED, at=now()))
+            )
+            while not wire.broken:
+                await asyncio.sleep(0)
+            theirs = Move(
+                old=record, state=JobState.CREATED, at=now(), take_over=True, runtime="other"
+            )
+            assert await other.move(theirs) is MoveResult.OK
+            assert await mine is MoveResult.LOST
+
+
+async def test_connections_that_were_cut_are_made_again(postgres_url: str) -> None:
+    async with another_store(postgres_url) as store:
+        record = (await store.intent(draft_for())).record
+        await store.get(record.key)
+        await raw(
+            postgres_url,
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            " WHERE pid <> pg_backend_pid() AND datname = current_database()",
+        )
+        assert await store.get(record.key) == record
+        await moved(store, record, JobState.CREATED)
+
+
+# --- SQLite's own troubles -------------------------------------------------------------------
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        yield
+        other.execute("ROLLBACK")
+
+
+async def test_a_lock_of_another_program_is_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.db"
+    async with another_store(sqlite_url(path)) as store:
+        with locked(path):
+            pending = asyncio.ensure_future(store.intent(draft_for()))
+            await asyncio.sleep(0.2)
+            assert not pending.done()
+        assert (await pending).made
+
+
+async def test_readers_do_not_wait_for_writers(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.db"
+    async with another_store(sqlite_url(path)) as store:
+        record = (await store.intent(draft_for())).record
+        with locked(path):
+            assert await store.get(record.key) == record
+
+
+async def test_a_disk_that_takes_no_more_is_told_and_the_store_works_on_after(
+    tmp_path: Path,
+) -> None:
+    """CASE-205's ledger half: readable, nothing acknowledged is lost, no restart needed."""
+    path = tmp_path / "ledger.db"
+    full, after = await finished(start_worker("fill", sqlite_url(path), "x"))
+    written, told = full
+    assert str(path) in told
+    assert "disk" in told
+    made, records = after
+    assert made
+    assert records in (written + 1, written + 2)  # the refused one may be there: its end is unknown

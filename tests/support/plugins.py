@@ -1,0 +1,121 @@
+"""Plugins for the moods of a service: keys honoured, search only, neither; and a synchronous one."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from prefect_webapi import (
+    AsyncPlugin,
+    CreateResult,
+    PhaseInfo,
+    PluginConfig,
+    PluginEntry,
+    RemoteClient,
+    SyncPlugin,
+    TaskExecutionContext,
+    TaskExecutionContextReader,
+)
+from prefect_webapi.contract.plugin import Guarantee
+from prefect_webapi_jobserver import JobServer, JobServerPlugin, ReportJob
+from prefect_webapi_jobserver.models import JobHandle, JobView
+
+
+class _Posting(JobServerPlugin):
+    """POST /jobs: the server chooses the name, and makes a job each time."""
+
+    async def create(self, ctx: TaskExecutionContextReader) -> JobHandle:
+        job = ctx.task_execution_metadata
+        made = await self._api.post(
+            "/jobs",
+            json={
+                "spec": ctx.spec(ReportJob).model_dump(mode="json"),
+                "fingerprint": job.fingerprint,
+                "labels": dict(job.labels),
+                "key": job.generated_name,
+            },
+        )
+        return JobHandle(name=made["name"])
+
+
+class SearchPlugin(_Posting):
+    """Exactly once by search."""
+
+    guarantee: ClassVar[Guarantee] = "search"
+
+    async def find(
+        self, ctx: TaskExecutionContextReader
+    ) -> CreateResult[JobHandle, JobView] | None:
+        found = await self._api.get(
+            "/jobs", params={"key": ctx.task_execution_metadata.generated_name}
+        )
+        if not found:
+            return None
+        return CreateResult(JobHandle(name=found[0]["name"]))
+
+
+class NeitherPlugin(_Posting):
+    """At most once: no key, no search."""
+
+    guarantee: ClassVar[Guarantee] = "at-most-once"
+    find = AsyncPlugin.find
+
+
+class SinglePlugin(JobServerPlugin):
+    """Keys honoured, no batch reads, no search."""
+
+    max_batch: ClassVar[int] = 1
+    find = AsyncPlugin.find
+
+
+class DoPlugin(SyncPlugin):
+    """One call: makes the job and answers what it was told to."""
+
+    def __init__(self, connection: JobServer) -> None:
+        self._connection = connection
+        self._api = RemoteClient(str(connection.base_url), token=connection.token)
+
+    def get_config(self) -> PluginConfig:
+        return self._connection.engine
+
+    async def do(self, ctx: TaskExecutionContext) -> PhaseInfo:
+        job = ctx.task_execution_metadata
+        spec = ctx.spec(ReportJob)
+        made = await self._api.post(
+            "/jobs",
+            json={"spec": spec.model_dump(mode="json"), "key": job.generated_name},
+        )
+        if spec.outcome == "fail":
+            return PhaseInfo.failure("JobFailed", spec.message)
+        if spec.outcome == "never":
+            return PhaseInfo.running("not terminal")
+        ctx.output_writer.put({"uri": made["link"], "data": spec.result})
+        return PhaseInfo.success()
+
+    async def aclose(self) -> None:
+        await self._api.aclose()
+
+
+class IdempotentDoPlugin(DoPlugin):
+    idempotent: ClassVar[bool] = True
+
+
+def entry(kind: type[Any], task_type: str) -> PluginEntry[JobServer]:
+    """A plugin entry for tests; its id is its task type."""
+    return PluginEntry(
+        id=task_type,
+        supported_task_types=[task_type],
+        connection=JobServer,
+        spec=ReportJob,
+        plugin_loader=lambda setup: kind(setup.connection),
+    )
+
+
+KEYS = entry(JobServerPlugin, "keys")
+SINGLE = entry(SinglePlugin, "single")
+SEARCH = entry(SearchPlugin, "search")
+NEITHER = entry(NeitherPlugin, "neither")
+DO = entry(DoPlugin, "do")
+IDEMPOTENT_DO = entry(IdempotentDoPlugin, "idempotent-do")
+ALL = (KEYS, SINGLE, SEARCH, NEITHER, DO, IDEMPOTENT_DO)
+
+__all__ = ["ALL", "DO", "IDEMPOTENT_DO", "KEYS", "NEITHER", "SEARCH", "SINGLE", "entry"]

@@ -1,0 +1,174 @@
+"""What is counted, under which names, and that counting never gets in the way."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+
+import pytest
+from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
+
+from prefect_webapi.metrics import METRICS, SERIES_PER_METRIC, Metrics
+
+
+@pytest.fixture
+def registry() -> CollectorRegistry:
+    return CollectorRegistry()
+
+
+def test_what_was_counted_can_be_read_whole_or_by_label(registry: CollectorRegistry) -> None:
+    """CASE-245, CASE-248: exact counts."""
+    metrics = Metrics(registry)
+    metrics.count("throttled_total", plugin="a", op="read")
+    metrics.count("throttled_total", 2, plugin="a", op="write")
+    metrics.count("throttled_total", plugin="b", op="read")
+    metrics.observe("call_seconds", 0.5, plugin="a", op="get")
+    metrics.observe("call_seconds", 1.5, plugin="a", op="get")
+    metrics.set("tracked_jobs", 7, plugin="a")
+    metrics.add("waiting_jobs", 3, plugin="a")
+    metrics.add("waiting_jobs", -2, plugin="a")
+
+    assert metrics.value("throttled_total") == 4
+    assert metrics.value("throttled_total", plugin="a") == 3
+    assert metrics.value("throttled_total", plugin="a", op="read") == 1
+    assert metrics.value("throttled_total", plugin="nobody") == 0
+    assert metrics.value("call_seconds_count", plugin="a") == 2
+    assert metrics.value("call_seconds_sum") == 2.0
+    assert metrics.value("tracked_jobs", plugin="a") == 7
+    assert metrics.value("waiting_jobs") == 1
+
+
+def test_the_published_names_carry_our_prefix_and_the_plugin(registry: CollectorRegistry) -> None:
+    """CASE-245."""
+    Metrics(registry).count("calls_total", plugin="job-server", op="get", outcome="ok")
+    told = generate_latest(registry).decode()
+    assert 'prefect_webapi_calls_total{op="get",outcome="ok",plugin="job-server"} 1.0' in told
+
+
+@pytest.mark.parametrize("name", sorted(METRICS))
+def test_every_declared_metric_can_be_counted(name: str, registry: CollectorRegistry) -> None:
+    """REQ-77."""
+    metrics = Metrics(registry)
+    metric = METRICS[name]
+    labels = dict.fromkeys(metric.labels, "x")
+    match metric.kind:
+        case "counter":
+            metrics.count(name, **labels)
+            assert metrics.value(name) == 1
+        case "gauge":
+            metrics.set(name, 1, **labels)
+            assert metrics.value(name) == 1
+        case "histogram":
+            metrics.observe(name, 1, **labels)
+            assert metrics.value(f"{name}_count") == 1
+
+
+def test_no_declared_label_could_hold_a_job_id() -> None:
+    """CASE-249: the only labels there are have few values."""
+    labels = {label for metric in METRICS.values() for label in metric.labels}
+    assert labels == {"plugin", "op", "outcome", "phase", "cause"}
+
+
+def test_a_name_or_label_that_is_not_declared_is_an_error(registry: CollectorRegistry) -> None:
+    """REQ-77: a typo is found by the first test that runs over it, with or without Prometheus."""
+    metrics = Metrics(registry)
+    with pytest.raises(ValueError, match="no counter is called 'cals_total'"):
+        metrics.count("cals_total", plugin="a")
+    with pytest.raises(ValueError, match="no gauge is called 'calls_total'"):
+        metrics.set("calls_total", 1, plugin="a")
+    with pytest.raises(ValueError, match="has the labels"):
+        metrics.count("calls_total", plugin="a", op="get", outcome="ok", job="wa-1")
+    with pytest.raises(ValueError, match="no metric is called"):
+        metrics.value("cals_total")
+
+
+def test_a_second_engine_in_the_same_process_goes_on_counting() -> None:
+    """CASE-246: Prometheus refuses a name twice; who made it first keeps it."""
+    first, second = Metrics(), Metrics()
+    before = first.value("evictions_total", plugin="test-metrics")
+    first.count("evictions_total", plugin="test-metrics")
+    second.count("evictions_total", plugin="test-metrics")
+    assert first.value("evictions_total", plugin="test-metrics") == before + 2
+    assert b"prefect_webapi_evictions_total" in generate_latest(REGISTRY)
+
+
+def test_a_plugins_own_metrics_begin_with_its_id(registry: CollectorRegistry) -> None:
+    """CASE-039, CASE-245, REQ-77."""
+    scope = Metrics(registry).scope("job-server")
+    scope.count("rows_total", 5, table="a")
+    scope.count("starts_total")
+    scope.observe("wait_seconds", 2.0)
+    assert registry.get_sample_value("job_server_rows_total", {"table": "a"}) == 5
+    assert registry.get_sample_value("job_server_starts_total") == 1
+    assert registry.get_sample_value("job_server_wait_seconds_sum") == 2.0
+
+
+def test_plugins_never_count_into_each_others_metrics(registry: CollectorRegistry) -> None:
+    """CASE-246: not even those whose ids look alike to Prometheus, nor one that is called like us."""
+    metrics = Metrics(registry)
+    for plugin in ("my-plugin", "my_plugin", "prefect-webapi", "7up"):
+        metrics.scope(plugin).count("rows_total")
+        metrics.scope(plugin).count("rows_total")
+    counts = [
+        sample.value
+        for family in registry.collect()
+        for sample in family.samples
+        if sample.name.endswith("rows_total")
+    ]
+    assert counts == [2] * 4
+    assert registry.get_sample_value("my_plugin_rows_total") == 2
+    assert registry.get_sample_value("_7up_rows_total") == 2
+
+
+def test_a_label_with_endless_values_is_cut_off(registry: CollectorRegistry) -> None:
+    """CASE-249: a plugin that labels by job does not fill the memory."""
+    scope = Metrics(registry).scope("careless")
+    for number in range(10_000):
+        scope.count("jobs_total", job=f"job-{number}")
+    samples = [s for f in registry.collect() for s in f.samples if s.name == "careless_jobs_total"]
+    assert len(samples) == SERIES_PER_METRIC + 1
+    assert sum(s.value for s in samples) == 10_000
+
+
+def test_a_plugins_mistake_is_logged_once_and_fails_nothing(
+    registry: CollectorRegistry, caplog: pytest.LogCaptureFixture
+) -> None:
+    """CASE-245: other labels than before, another kind than before, a name that is taken."""
+    scope = Metrics(registry).scope("clumsy")
+    with caplog.at_level(logging.WARNING, "prefect_webapi.metrics"):
+        scope.count("rows_total", table="a")
+        scope.count("rows_total", file="b")
+        scope.count("rows_total", file="b")
+        scope.observe("rows_total", 1.0, table="a")
+        scope.count("other_total", -1)
+    assert [r.getMessage().split(" is not counted")[0] for r in caplog.records] == [
+        "metric clumsy_rows_total of plugin clumsy",
+        "metric clumsy_other_total of plugin clumsy",
+    ]
+    assert registry.get_sample_value("clumsy_rows_total", {"table": "a"}) == 1
+
+
+def test_without_prometheus_client_counting_does_nothing() -> None:
+    """CASE-244."""
+    script = """
+import sys
+sys.modules["prometheus_client"] = None  # as if it were not installed
+from prefect_webapi.metrics import Metrics
+metrics = Metrics()
+metrics.count("evictions_total", plugin="a")
+metrics.set("tracked_jobs", 1, plugin="a")
+metrics.add("tracked_jobs", 1, plugin="a")
+metrics.observe("poll_lag_seconds", 1, plugin="a")
+metrics.scope("a").count("x_total", label="b")
+metrics.scope("a").observe("y_seconds", 1)
+assert metrics.value("tracked_jobs") == 0
+try:
+    metrics.count("typo", plugin="a")
+except ValueError:
+    print("works")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "works\n", done.stderr
