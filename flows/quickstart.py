@@ -23,7 +23,9 @@ async def quickstart(connection: str = "quickstart") -> None:
     endless = asyncio.create_task(job(kind="endless", outcome="never"))
 
     outcomes = await asyncio.gather(
-        job(kind="fragile", outcome="fail-first"),  # fails once: Prefect's `retries` makes a second job
+        job(
+            kind="fragile", outcome="fail-first"
+        ),  # fails once: Prefect's `retries` makes a second job
         job(kind="hopeless", outcome="fail", message="there are no figures for this day"),
         *(
             job(kind="report", day=day, seconds=1 + day % 5, result={"sold": 100 * day})

@@ -48,6 +48,7 @@ from prefect.transactions import Transaction
 from prefect.utilities.annotations import NotSet
 from prefect.utilities.visualization import get_task_viz_tracker
 
+from prefect_webapi._prefect import service
 from prefect_webapi._prefect.body import Job, Unsaved, run_async, run_sync
 from prefect_webapi._prefect.identity import chain_here, run_key
 from prefect_webapi._prefect.options import Options
@@ -233,6 +234,7 @@ class RemoteTask(Task[P, O], Generic[P, O]):
 
     def _carrying_chain(self) -> RemoteTask[P, O]:
         """The copy that goes to a task runner: it knows its place, also in another process."""
+        service.listen()
         if FlowRunContext.get() is None:
             return self
         try:

@@ -175,6 +175,23 @@ def test_those_who_wait_go_on_at_a_new_rate_in_the_order_in_which_they_came() ->
     assert max(left) < 6.5
 
 
+def test_a_new_rate_reaches_the_call_that_waits_at_the_bucket_already() -> None:
+    """CASE-020: no call sits out the rest of a wait that the old rate gave it."""
+
+    async def scenario() -> list[float]:
+        gate = make_gate(RateLimiterConfig(qps=1, burst=5))
+        for _ in range(10):
+            gate.throttled("read", None)
+            await asyncio.sleep(1)
+        async with asyncio.TaskGroup() as group:
+            calls = group.create_task(passes(gate, "read", 1))
+            await asyncio.sleep(1)
+            gate.configure(FAST, FAST)
+        return calls.result()
+
+    assert run(scenario())[0] < 1.1
+
+
 def test_a_call_that_costs_less_does_not_overtake() -> None:
     """REQ-15: first come, first served, whatever the amounts."""
 

@@ -355,6 +355,26 @@ def test_a_cancelled_waiter_leaves_at_once_and_leaves_no_slot_behind(moment: flo
     run(scenario())
 
 
+def test_a_place_that_the_ledger_has_noted_is_never_lost_to_a_cancellation() -> None:
+    """REQ-76: the note and its lease reach the caller, who gives them back in order."""
+
+    async def scenario() -> None:
+        server = Server()
+        ledger = Ledger()
+        got: SlotLease | None = None
+        async with open_quotas(server, limit=1) as quotas:
+            with anyio.move_on_after(0.023) as scope:
+                got = await quotas.acquire(
+                    NAME, weight=1, holder="", admit=ledger.admit, waiting=nobody_listens
+                )
+            assert scope.cancel_called
+            assert ledger.live == 1
+            assert got is not None
+            assert [got.id] == list(server.leases)
+
+    run(scenario())
+
+
 def test_a_waiter_cancelled_in_the_middle_of_the_queue_is_not_missed() -> None:
     """CASE-137, REQ-76."""
 
@@ -410,12 +430,10 @@ def test_a_thousand_held_slots_are_renewed_in_one_batch_per_period_without_threa
             threads = threading.active_count()
             for _ in range(1000):
                 await take(quotas)
-            await asyncio.sleep(1)
-            renewals = server.count("renew")
-            await asyncio.sleep(400)
-            assert server.count("renew") - renewals == 10 * 1000
-            times = {round(at) for what, at in server.calls if what == "renew"}
-            assert len(times) <= 11
+                await asyncio.sleep(0.03)
+            await asyncio.sleep(120)
+            assert server.count("renew") == 3 * 1000
+            assert len({round(at) for what, at in server.calls if what == "renew"}) == 3
             assert threading.active_count() == threads
             assert server.taken[NAME] == 1000
 
@@ -659,8 +677,8 @@ def test_many_lost_leases_do_not_storm_a_server_without_room() -> None:
             server.taken[NAME] += 50
             await asyncio.sleep(45)
             asked = server.count("acquire")
-            await asyncio.sleep(400)
-            assert server.count("acquire") - asked <= 401
+            await asyncio.sleep(130)
+            assert server.count("acquire") - asked <= 131
             assert {lease.id for lease in kept} <= set(server.leases)
 
     run(scenario())

@@ -65,10 +65,11 @@ class Api:
             on=_may_be_asked_again, attempts=None, timeout=PATIENCE_SECONDS, wait_max=5.0
         ):
             with attempt:
-                return await self._once(what, question)
+                return await self.once(what, question)
         raise AssertionError("stamina repeats or raises")
 
-    async def _once(self, what: str, question: Callable[[PrefectClient], Awaitable[T]]) -> T:
+    async def once(self, what: str, question: Callable[[PrefectClient], Awaitable[T]]) -> T:
+        """The answer, asked for once; raises as `ask`."""
         try:
             with anyio.fail_after(CALL_SECONDS):
                 return await question(await self._opened())

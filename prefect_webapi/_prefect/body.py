@@ -88,6 +88,12 @@ class _Call:
     ticket: Ticket
     reporter: TaskRunReporter
     job: Job
+    forget: Callable[[], None]
+
+    def close(self) -> None:
+        """Nothing of ours touches the task run after this."""
+        self.forget()
+        self.reporter.close()
 
 
 async def run_async(
@@ -121,7 +127,7 @@ async def run_async(
         return _left(error)
     finally:
         if call is not None:
-            call.reporter.close()
+            call.close()
 
 
 def run_sync(
@@ -148,7 +154,7 @@ def run_sync(
         return _left(error)
     finally:
         if call is not None:
-            call.reporter.close()
+            call.close()
 
 
 def _own_context(job: Job) -> TaskRunContext | None:
@@ -200,7 +206,10 @@ def _admit(job: Job, spec: JobSpec[Any], context: TaskRunContext, engine: Engine
             on_exit=own.on_exit,
         ),
     )
-    return _Call(engine.host.admit(request), reporter, own)
+    ticket = engine.host.admit(request)
+    who = request.caller
+    forget = engine.watch.add(ticket, (who.flow_run, who.root_run, *who.levels), run.id)
+    return _Call(ticket, reporter, own, forget)
 
 
 def _inputs(context: TaskRunContext) -> dict[str, Any]:

@@ -15,12 +15,12 @@ from prefect._internal.control_listener import get_intent
 from prefect.context import FlowRunContext, TaskRunContext
 from prefect.exceptions import TerminationSignal
 
-__all__ = ["INTERRUPTS", "Cause", "cause_of", "control_intent", "is_suspending"]
+__all__ = ["INTERRUPTS", "LEAVING_INTENTS", "Cause", "cause_of", "control_intent", "is_suspending"]
 
 INTERRUPTS = (asyncio.CancelledError, TerminationSignal, KeyboardInterrupt)
 """What can break into a waiting body."""
 
-_LEAVING_INTENTS = ("reschedule", "relinquish")
+LEAVING_INTENTS = ("reschedule", "relinquish")
 _NEVER = -float("inf")
 
 
@@ -55,7 +55,7 @@ def is_suspending() -> bool:
 def cause_of(interrupt: BaseException, *, now: datetime | None = None) -> Cause:
     """Why `interrupt` broke into the body that runs in this context."""
     intent = control_intent()
-    if intent in _LEAVING_INTENTS:
+    if intent in LEAVING_INTENTS:
         return Cause(f"the worker gave the flow run back ({intent})", leaves_job=True)
     if is_suspending():
         return Cause("the flow run is suspended", leaves_job=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
+from functools import partial
 from typing import Any
 
 import anyio
@@ -65,7 +66,9 @@ class _Runtime(Runtime):
             raise failure
 
 
-def make_runtime(options: Options, display: Display, watch: Background | None = None) -> Runtime:
+def make_runtime(
+    options: Options, display: Display, watch: Callable[[Api], Coroutine[Any, Any, None]]
+) -> Runtime:
     """Called on the runtime's loop."""
     clock, metrics = Clock(), Metrics()
     me, api, slots = this_process(clock.now()), Api(), PrefectSlots(clock)
@@ -87,5 +90,5 @@ def make_runtime(options: Options, display: Display, watch: Background | None = 
         outputs=ResultStorage(),
         metrics=metrics,
     )
-    background = [display.run] if watch is None else [display.run, watch]
+    background = [display.run, partial(watch, api)]
     return _Runtime(services, me, api=api, slots=slots, background=background)

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 
 from prefect_webapi._prefect.options import Options
 from prefect_webapi._prefect.reports import Display
+from prefect_webapi._prefect.watch import Watch
 
 if TYPE_CHECKING:  # the engine itself is loaded by the first job
     from prefect_webapi.engine.host import HostApi
 
-__all__ = ["Engine", "close", "instead", "start", "started"]
+__all__ = ["Engine", "close", "instead", "listen", "start", "started"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,7 @@ class Engine:
 
     host: HostApi
     display: Display
+    watch: Watch
     run_key: str | None = None
 
 
@@ -34,6 +36,7 @@ class _Process:
     def __init__(self) -> None:
         self.pid = os.getpid()
         self.lock = threading.Lock()
+        self.watch = Watch()
         self.engine: Engine | None = None
         self.close: Callable[[], None] | None = None
 
@@ -70,8 +73,13 @@ def start(load: Callable[[], Options]) -> Engine:
     here = _here()
     with here.lock:
         if here.engine is None:
-            here.engine, here.close = _make(load())
+            here.engine, here.close = _make(load(), here.watch)
     return here.engine
+
+
+def listen() -> None:
+    """Hear signals from now on; called where tasks are submitted, as their threads can't."""
+    _here().watch.listen()
 
 
 def close() -> None:
@@ -98,12 +106,13 @@ def instead(made: Engine) -> Generator[None]:
         here.engine, here.close = before
 
 
-def _make(options: Options) -> tuple[Engine, Callable[[], None]]:
+def _make(options: Options, watch: Watch) -> tuple[Engine, Callable[[], None]]:
     """The one place where the engine meets its adapters."""
     from prefect_webapi._prefect.runtime import make_runtime
     from prefect_webapi.engine.host import Host
 
     display = Display(options.state_events_per_second)
-    host = Host(lambda: make_runtime(options, display))
+    every = options.watch_cancel_seconds
+    host = Host(lambda: make_runtime(options, display, lambda api: watch.run(host, api, every)))
     host._start()  # pyright: ignore[reportPrivateUsage] # here, so that it is off the flow's loop
-    return Engine(host, display, options.run_key), host.close
+    return Engine(host, display, watch, options.run_key), host.close

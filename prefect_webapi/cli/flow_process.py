@@ -1,4 +1,4 @@
-"""The quickstart's flow process: `python -m prefect_webapi.cli.flow_process`. It runs one flow run, new or begun before.
+"""The quickstart's flow process, `python -m prefect_webapi.cli.flow_process`: runs one flow run, new or begun before.
 
 Run again with the id of a flow run whose process died, it does what a worker does after a restart: the same flow run,
 from the top. Its exit code is 0 when the flow run completed.
@@ -10,7 +10,7 @@ import argparse
 import asyncio
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 if TYPE_CHECKING:
@@ -28,7 +28,9 @@ def main() -> int:
     parser.add_argument("--job-server", required=True, help="URL of the job server")
     parser.add_argument("--connection", required=True, help="name of the block to save")
     parser.add_argument("--quota", required=True, type=int, help="most live jobs")
-    parser.add_argument("--note", required=True, type=Path, help="file to write the flow run's id to")
+    parser.add_argument(
+        "--note", required=True, type=Path, help="file to write the flow run's id to"
+    )
     parser.add_argument("--flow-run", type=UUID, help="flow run to run again; absent: a new one")
     return asyncio.run(_run(parser.parse_args()))
 
@@ -39,7 +41,9 @@ async def _run(given: argparse.Namespace) -> int:
     from prefect.flow_engine import run_flow_async
     from prefect.flows import load_flow_from_entrypoint
 
-    flow = cast("Flow[..., Any]", load_flow_from_entrypoint(given.entrypoint, use_placeholder_flow=False))
+    flow = cast(
+        "Flow[..., Any]", load_flow_from_entrypoint(given.entrypoint, use_placeholder_flow=False)
+    )
     async with get_client() as client:
         await _until_healthy(client.api_healthcheck)
         if given.flow_run is None:
@@ -54,7 +58,7 @@ async def _run(given: argparse.Namespace) -> int:
 
 async def _until_healthy(check: Any) -> None:
     async with asyncio.timeout(_PATIENCE_SECONDS):
-        while await check() is not None:
+        while await check() is not None:  # noqa: ASYNC110 - the server is another process
             await asyncio.sleep(0.2)
 
 

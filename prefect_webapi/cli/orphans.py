@@ -38,7 +38,7 @@ def _send(groups: set[int], how: int) -> set[int]:
     for group in groups:
         try:
             os.killpg(group, how)
-        except (ProcessLookupError, PermissionError):  # noqa: PERF203 - one gone must not spare the others
+        except (ProcessLookupError, PermissionError):
             continue
         there.add(group)
     return there

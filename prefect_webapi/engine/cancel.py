@@ -6,11 +6,11 @@ import logging
 
 from prefect_webapi.contract.errors import NotFound, RemoteError, Throttled
 from prefect_webapi.engine.calls import Calls
+from prefect_webapi.engine.evidence import back_off
 from prefect_webapi.engine.faults import fault_point
 from prefect_webapi.engine.job import Ending, Job, persist
 from prefect_webapi.engine.machine import Event
 from prefect_webapi.engine.services import Services
-from prefect_webapi.engine.submit import back_off
 from prefect_webapi.ledger.records import JobState
 
 __all__ = ["ask_to_end"]

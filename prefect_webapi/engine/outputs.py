@@ -18,9 +18,9 @@ from prefect_webapi.contract.task import JobSpec, result_type
 from prefect_webapi.engine.adapters import adapter_of
 from prefect_webapi.engine.calls import Calls
 from prefect_webapi.engine.contexts import NOTHING_PUT, StatusView
+from prefect_webapi.engine.evidence import back_off, failure_of
 from prefect_webapi.engine.job import Job
 from prefect_webapi.engine.services import Services
-from prefect_webapi.engine.submit import back_off, failure_of
 from prefect_webapi.ledger.records import Outputs
 
 __all__ = ["Collected", "collect", "recall"]

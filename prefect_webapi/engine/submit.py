@@ -1,36 +1,32 @@
 """Make the job exist exactly once: place, permit, create, find, adopt; what a failure proves.
 
-The order is always: write down that create is about to be sent, send it, write down what it brought. Which error
-proves what is one pure function, `judge`.
+The order is always: write down that create is about to be sent, send it, write down what it brought.
 """
 
 from __future__ import annotations
 
 import logging
-import random
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 from prefect_webapi.contract.errors import (
     AlreadyExists,
-    AuthError,
     HandleNotStorable,
     NotFound,
     RemoteError,
-    RemoteUserError,
     Throttled,
 )
 from prefect_webapi.contract.phase import PhaseInfo
 from prefect_webapi.contract.plugin import (
     AsyncPlugin,
     CreateResult,
-    Guarantee,
     overrides,
 )
 from prefect_webapi.engine.adapters import handle_adapter
 from prefect_webapi.engine.calls import Calls, guarantee, is_sync
+from prefect_webapi.engine.evidence import back_off, failure_of, judge
 from prefect_webapi.engine.faults import fault_point
 from prefect_webapi.engine.job import Job, persist, try_persist
 from prefect_webapi.engine.machine import Event
@@ -83,52 +79,6 @@ class GivenUp:
 Submitted = Alive | Refused | Stuck | Answered | GivenUp
 
 
-# --- what an error of create proves ----------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """What follows from an error.
-
-    Attributes:
-        then: ``repeat``: the same key again; ``refused``: nothing was made; ``stuck``: can't be known.
-        tried: whether this try counts against `max_create_attempts`.
-        may_exist: whether this try can have made the job.
-    """
-
-    then: Literal["repeat", "refused", "stuck"]
-    tried: bool = True
-    may_exist: bool = False
-
-
-def judge(
-    error: RemoteError,
-    guarantee: Guarantee,
-    *,
-    tries: int,
-    max_tries: int,
-    on_unknown: Literal["fail", "retry"],
-) -> Verdict:
-    """What an error of create proves, and what to do: SPEC 2.5's tables. `tries` counts this one."""
-    if isinstance(error, Throttled):
-        return Verdict("repeat", tried=False, may_exist=error.job_may_exist)
-    if isinstance(error, RemoteUserError | AuthError | NotFound | AlreadyExists):
-        return Verdict("refused")
-    if not error.job_may_exist:
-        return Verdict("repeat" if tries < max_tries else "refused")
-    if guarantee == "at-most-once" and on_unknown == "fail":
-        return Verdict("stuck", may_exist=True)
-    return Verdict("repeat" if tries < max_tries else "stuck", may_exist=True)
-
-
-def failure_of(error: RemoteError) -> PhaseInfo:
-    """The phase that an attempt ends with when this error is final."""
-    code, message = error.code or type(error).__name__, error.message
-    if isinstance(error, RemoteUserError | AuthError | NotFound | AlreadyExists):
-        return PhaseInfo.failure(code, message)
-    return PhaseInfo.system_retryable_failure(code, message)
-
-
 def outcome_unknown(job: Job, told: str) -> PhaseInfo:
     return PhaseInfo.system_failure(
         "CreateOutcomeUnknown",
@@ -136,15 +86,6 @@ def outcome_unknown(job: Job, told: str) -> PhaseInfo:
         f"repeated: look for job {job.record.key} there, then settle the record; its place in the quota stays taken "
         "until then",
     )
-
-
-def back_off(tries: int, base: timedelta, cap: timedelta) -> float:
-    """Seconds until the next try: exponential with full jitter."""
-    ceiling = min(cap.total_seconds(), base.total_seconds() * 2 ** min(tries - 1, 30))
-    return random.uniform(0.1, 1.0) * ceiling
-
-
-# --- the way of a create ---------------------------------------------------------------------
 
 
 async def submit(services: Services, calls: Calls, job: Job, *, unsent: bool) -> Submitted:

@@ -143,6 +143,8 @@ def bring_up_to_date(conn: Connection, address: str) -> None:
         conn.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _UPGRADE_LOCK})
     found = _revision(conn)
     if found == REVISION:
+        # A ledger that can only be read is found out now, not with the first job.
+        conn.execute(text(f"UPDATE {VERSION_TABLE} SET version_num = version_num"))
         return
 
     from alembic import command  # slow to import, and needed only here

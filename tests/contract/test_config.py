@@ -411,6 +411,13 @@ def test_engine_settings_follow_the_same_rules() -> None:
     assert "Did you mean `deadline`?" in told
 
 
+def test_the_longest_pause_is_never_below_the_first() -> None:
+    """Also where only the first was given."""
+    EngineSettings(retry_base=timedelta(seconds=60))
+    with pytest.raises(ValidationError, match="1m0s is below the first pause, 2m0s"):
+        EngineSettings(retry_base=timedelta(minutes=2))
+
+
 def test_every_field_has_a_description_that_ends_with_a_period() -> None:
     """Prefect's block suite wants it."""
     for model in (PluginConfig, CachingConfig, RateLimiterConfig, EngineSettings):

@@ -29,8 +29,8 @@ from tests.support.ledger import another_store, draft_for, moved, sqlite_url
 
 
 async def test_a_fresh_ledger_is_made_with_its_directory(tmp_path: Path) -> None:
-    path = tmp_path / "a b" / "c%20" / "ledger.db"
-    async with another_store(f"sqlite:///{path}") as store:
+    path = tmp_path / "a b" / "c%20?" / "ledger.db"
+    async with another_store(sqlite_url(path)) as store:
         assert store.address == str(path)
         assert not store.is_shared
         await store.intent(draft_for())

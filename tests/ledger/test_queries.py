@@ -140,7 +140,7 @@ async def test_nothing_is_deleted_of_a_root_run_that_is_still_at_work(store: Sql
 async def test_attempts_are_deleted_together(store: SqlStore) -> None:
     """Otherwise a later call would start at attempt 1 again beside them."""
     first = await closed(store, "call", OLD, root_run="r1")
-    second = await closed(store, "call", NEW, root_run="r2", task_run="t2")
+    second = await closed(store, "call", NEW, root_run="r2", execution="e2")
     assert first != second
     assert await store.prune(AT) == 0
     assert await store.prune(NEW + timedelta(seconds=1)) == 2

@@ -113,29 +113,12 @@ async def test_a_commit_with_unknown_end_is_done_exactly_once(
     """Each kind of operation, whether or not the lost COMMIT took effect; none is done twice."""
     async with wired(postgres_url) as (store, wire):
         await store.set_quota("limit", 2)
-        quota = {"state": JobState.SLOT_REQUESTED, "quota": "limit"}
-        full_1, full_2, full_3, taken, moving, lost = (
-            (
-                (await store.intent(draft_for(name, **kind))).record
-                for name, kind in (
-                    *((f"full {n}", quota) for n in range(3)),
-                    *((name, {}) for name in ("taken", "moving", "lost")),
-                )
-            )
-            if False
-            else [
-                (await store.intent(draft_for(name, **kind))).record
-                for name, kind in (
-                    ("full 1", quota),
-                    ("full 2", quota),
-                    ("full 3", quota),
-                    ("taken", {}),
-                    ("moving", {}),
-                    ("lost", {}),
-                )
-            ]
-        )
-        full_1 = await moved(store, full_1, JobState.SLOT_HELD, count=1)
+        counted = {"state": JobState.SLOT_REQUESTED, "quota": "limit"}
+        drafts = [draft_for(f"counted {n}", **counted) for n in range(3)]
+        drafts += [draft_for(name) for name in ("taken", "moving", "lost")]
+        drawn = [(await store.intent(draft)).record for draft in drafts]
+        giving, taking, taking_too, taken, moving, lost = drawn
+        giving = await moved(store, giving, JobState.SLOT_HELD, count=1)
         await moved(store, lost, JobState.CREATED)
 
         wire.break_at = break_at
@@ -144,9 +127,9 @@ async def test_a_commit_with_unknown_end_is_done_exactly_once(
             store.intent(draft_for("new", task_run="equal")),
             store.intent(draft_for("new")),
             store.intent(draft_for("taken")),
-            store.move(Move(old=full_1, state=JobState.OVER, at=now(), count=-1)),
-            store.move(Move(old=full_2, state=JobState.SLOT_HELD, at=now(), count=1)),
-            store.move(Move(old=full_3, state=JobState.SLOT_HELD, at=now(), count=1)),
+            store.move(Move(old=giving, state=JobState.OVER, at=now(), count=-1)),
+            store.move(Move(old=taking, state=JobState.SLOT_HELD, at=now(), count=1)),
+            store.move(Move(old=taking_too, state=JobState.SLOT_HELD, at=now(), count=1)),
             store.move(
                 Move(old=taken, state=taken.state, at=now(), take_over=True, runtime="runtime-2")
             ),

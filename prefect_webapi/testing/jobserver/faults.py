@@ -94,12 +94,14 @@ class FaultyService:
         self._dice: dict[int, random.Random] = {}
         self._closed_until: dict[str, float] = {}
         self._open: dict[str, int] = {}
+        self._resets = 0
 
     def reset(self) -> None:
         self.faults.clear()
         self.log.clear()
         self._dice.clear()
         self._closed_until.clear()
+        self._resets += 1
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         op = _op_of(scope) if scope["type"] == "http" else None
@@ -120,7 +122,11 @@ class FaultyService:
         if fault is None:
             await self._refuse_or_serve(scope, send, body, entry)
             return
+        resets = self._resets
         await asyncio.sleep(fault.delay)
+        if resets != self._resets:  # the request belongs to a time that was forgotten
+            _abort(send)
+            return
         spoils = fault.drop or fault.status is not None or fault.garbage is not None
         if not spoils:
             await self._refuse_or_serve(scope, send, body, entry)

@@ -1,0 +1,216 @@
+"""Hears of cancellation where Prefect doesn't tell the task: submitted tasks above all.
+
+A task in a pool thread gets no interrupt; it is killed after 30 s. So this process looks by itself: at what
+the runner said over its control channel, at signals, at a flow that failed around a running task, and at
+the flow run's state in Prefect's API. It only ends jobs of people who wanted that: a flow run that is
+rescheduled or relinquished leaves its jobs to the next process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from types import FrameType
+from typing import TYPE_CHECKING, Any, cast
+from uuid import UUID
+
+from prefect.client.orchestration import PrefectClient
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+from prefect.client.schemas.objects import FlowRun, State
+from prefect.context import FlowRunContext
+
+from prefect_webapi._prefect.api import Api
+from prefect_webapi._prefect.causes import LEAVING_INTENTS, control_intent
+from prefect_webapi.contract.errors import WebApiError
+
+if TYPE_CHECKING:
+    from prefect_webapi.engine.host import HostApi, Ticket
+
+__all__ = ["Watch", "cancel_event_of"]
+
+logger = logging.getLogger(__name__)
+
+LOOK_SECONDS = 0.2
+"""How often this process looks at itself; the API is asked less often."""
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+MOST_RUNS = 200
+"""Flow runs asked about in one request: the API's own limit for a page."""
+
+Handler = Callable[[int, FrameType | None], Any]
+
+
+def cancel_event_of(task_run: UUID) -> threading.Event | None:
+    """The event that a thread pool runner sets for a task when it shuts down.
+
+    `ThreadPoolTaskRunner._cancel_events` is private. It is set when the flow ends in any way, also in
+    order, so it means something only together with the flow run's state.
+    """
+    context = FlowRunContext.get()
+    runner: Any = context.task_runner if context else None
+    event = getattr(runner, "_cancel_events", {}).get(task_run)
+    return event if isinstance(event, threading.Event) else None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Watched:
+    """A call that waits, and the flow runs whose cancellation ends it."""
+
+    ticket: Ticket
+    flow_runs: frozenset[str]
+    flow_run: FlowRun | None
+    cancel_event: threading.Event | None
+
+    @property
+    def flow_has_failed(self) -> bool:
+        """Its flow ended badly while the task was still running in a pool."""
+        if self.cancel_event is None or not self.cancel_event.is_set():
+            return False
+        state = self.flow_run.state if self.flow_run else None
+        return state is not None and (state.is_failed() or state.is_crashed())
+
+
+class Watch:
+    """The calls of one process that wait. `run` belongs to the runtime's loop, the rest to any thread."""
+
+    def __init__(self) -> None:
+        self._watched: dict[int, _Watched] = {}
+        self._lock = threading.Lock()
+        self._signal: signal.Signals | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stirred: asyncio.Event | None = None
+        self._told = False
+
+    def add(self, ticket: Ticket, flow_runs: Iterable[str], task_run: UUID) -> Callable[[], None]:
+        """Watch over a call until the returned function is called. Called in the task's context."""
+        context = FlowRunContext.get()
+        watched = _Watched(
+            ticket,
+            frozenset(filter(None, flow_runs)),
+            context.flow_run if context else None,
+            cancel_event_of(task_run),
+        )
+        with self._lock:
+            self._watched[id(watched)] = watched
+        self.listen()
+        self._stir()
+
+        def forget() -> None:
+            with self._lock:
+                self._watched.pop(id(watched), None)
+
+        return forget
+
+    # --- signals ------------------------------------------------------------------------------------
+
+    def listen(self) -> None:
+        """Stand in front of the present signal handlers; nothing where this isn't the main thread.
+
+        Prefect installs its own at each flow's start and takes it away at the end, so this is asked again
+        by each call.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in SIGNALS:
+            present = signal.getsignal(number)
+            if callable(present) and not isinstance(present, _Chained):
+                signal.signal(number, _Chained(self, present))
+
+    def heard(self, number: int) -> None:
+        self._signal = signal.Signals(number)
+        self._stir()
+
+    # --- the runtime's side -----------------------------------------------------------------------------
+
+    async def run(self, host: HostApi, api: Api, every_seconds: float) -> None:
+        """Look until cancelled; ask the API every so often."""
+        self._stirred = stirred = asyncio.Event()
+        self._loop = loop = asyncio.get_running_loop()
+        asked_at = loop.time()
+        try:
+            while True:
+                with self._lock:
+                    watched = list(self._watched.values())
+                self._look(watched, host)
+                if watched and loop.time() - asked_at >= every_seconds:
+                    asked_at = loop.time()
+                    await self._ask(watched, host, api)
+                try:
+                    async with asyncio.timeout(LOOK_SECONDS if watched else None):
+                        await stirred.wait()
+                        stirred.clear()
+                except TimeoutError:
+                    pass
+        finally:
+            self._loop = self._stirred = None
+
+    def _look(self, watched: list[_Watched], host: HostApi) -> None:
+        heard, self._signal = self._signal, None
+        intent = control_intent()
+        if intent in LEAVING_INTENTS:
+            for each in watched:
+                each.ticket.detach()
+        elif intent == "cancel":
+            self._cancel(watched, "the flow run was cancelled")
+        elif heard is not None:
+            self._cancel(
+                [each for each in watched if each.flow_runs],
+                f"the process was {'interrupted' if heard is signal.SIGINT else 'asked to end'} "
+                f"({heard.name})",
+            )
+        else:
+            self._cancel([w for w in watched if w.flow_has_failed], "the flow run failed")
+
+    def _cancel(self, watched: Iterable[_Watched], reason: str) -> None:
+        for each in watched:
+            each.ticket.cancel(reason)
+
+    async def _ask(self, watched: list[_Watched], host: HostApi, api: Api) -> None:
+        """Ask Prefect whether somebody cancelled a flow run that we have jobs for."""
+        ids = sorted({run for each in watched for run in each.flow_runs})
+        try:
+            for start in range(0, len(ids), MOST_RUNS):
+                reading = partial(_read, [UUID(run) for run in ids[start : start + MOST_RUNS]])
+                for run in await api.once("read flow runs", reading):
+                    if run.state is not None and _is_cancelled(run.state):
+                        host.cancel_flow_run(str(run.id), "the flow run was cancelled")
+            self._told = False
+        except WebApiError as error:
+            if not self._told:
+                self._told = True
+                logger.warning("cancelled flow runs can't be heard of for now: %s", error)
+
+    def _stir(self) -> None:
+        loop, stirred = self._loop, self._stirred
+        if loop is None or stirred is None:
+            return
+        try:
+            loop.call_soon_threadsafe(stirred.set)
+        except RuntimeError:  # that loop has closed
+            self._loop = None
+
+
+async def _read(wanted: list[UUID], client: PrefectClient) -> list[FlowRun]:
+    return await client.read_flow_runs(
+        flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=wanted)), limit=MOST_RUNS
+    )
+
+
+def _is_cancelled(state: State[Any]) -> bool:
+    return state.is_cancelling() or state.is_cancelled()
+
+
+class _Chained:
+    """A signal handler that makes a note and then lets the former one act."""
+
+    def __init__(self, watch: Watch, former: Any) -> None:
+        self._watch = watch
+        self._former = cast(Handler, former)
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self._watch.heard(number)  # first: Prefect's handler raises inside whatever happens to run
+        self._former(number, frame)

@@ -1,0 +1,278 @@
+"""Slots and quotas at a real Prefect server: the count of taken slots is asked of the server."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+
+import anyio
+import pytest
+from prefect.client.orchestration import get_client
+from prometheus_client import CollectorRegistry
+
+from prefect_webapi._prefect.slots import PrefectSlots
+from prefect_webapi.clock import Clock
+from prefect_webapi.metrics import Metrics
+from prefect_webapi.quotas import Busy, Quotas, SlotLease, SlotsUnavailable, Waiting, repair
+from tests.support.prefect import PrefectServer, free_port, pointed_at
+from tests.support.waiting import eventually
+
+LEASE = 60.0
+
+
+@pytest.fixture
+def name() -> str:
+    """A limit of this test's own."""
+    return f"webapi:jobs:prod:{uuid.uuid4().hex[:8]}:gpu"
+
+
+@pytest.fixture
+async def slots(prefect_api: PrefectServer) -> AsyncIterator[PrefectSlots]:
+    async with PrefectSlots(Clock()) as slots:
+        yield slots
+
+
+def make_quotas(slots: PrefectSlots, metrics: Metrics | None = None) -> Quotas:
+    return Quotas(
+        slots,
+        clock=Clock(),
+        metrics=metrics or Metrics(CollectorRegistry()),
+        lease=timedelta(seconds=LEASE),
+    )
+
+
+async def taken(name: str) -> int:
+    async with get_client() as client:
+        return int((await client.read_global_concurrency_limit_by_name(name)).active_slots)
+
+
+async def lease_of(slots: PrefectSlots, name: str, weight: int = 1) -> SlotLease:
+    answer = await slots.acquire([name], weight, str(uuid.uuid4()), LEASE)
+    assert isinstance(answer, SlotLease)
+    return answer
+
+
+class Hurried(Clock):
+    """Does not sit out the lease and half a minute between two looks."""
+
+    async def sleep(self, seconds: float) -> None:
+        return None
+
+
+async def admit_all(lease: SlotLease) -> bool:
+    return True
+
+
+def nobody_listens(wait: Waiting) -> None:
+    return None
+
+
+async def take(quotas: Quotas, name: str, weight: int = 1) -> SlotLease:
+    return await quotas.acquire(
+        name, weight=weight, holder="", admit=admit_all, waiting=nobody_listens
+    )
+
+
+async def test_slots_are_taken_renewed_and_given_back_once(slots: PrefectSlots, name: str) -> None:
+    """CASE-138."""
+    await slots.ensure(name, 3)
+    before = datetime.now(UTC)
+    two = await lease_of(slots, name, 2)
+    assert timedelta(seconds=58) < two.until - before < timedelta(seconds=62)
+    busy = await slots.acquire([name], 2, "not a task run", LEASE)
+    assert isinstance(busy, Busy)
+    one = await lease_of(slots, name)
+    assert await slots.active(name) == await taken(name) == 3
+    assert await slots.renew(two.id, LEASE)
+    for _ in range(3):
+        await slots.release(two.id)
+    assert await taken(name) == 1
+    assert not await slots.renew(two.id, LEASE)
+    await slots.release(one.id)
+    await slots.give_back(name, 5)
+    assert await taken(name) == 0
+
+
+async def test_a_limit_can_be_lowered_below_what_is_taken_and_raised_again(
+    slots: PrefectSlots, name: str
+) -> None:
+    """CASE-139, CASE-140."""
+    await slots.ensure(name, 3)
+    leases = [await lease_of(slots, name) for _ in range(3)]
+    await slots.ensure(name, 1)
+    assert isinstance(await slots.acquire([name], 1, "", LEASE), Busy)
+    assert isinstance(await slots.acquire([name], 2, "", LEASE), Busy)  # more than the limit
+    await slots.release(leases[0].id)
+    assert isinstance(await slots.acquire([name], 1, "", LEASE), Busy)
+    await slots.ensure(name, 3)
+    assert isinstance(await slots.acquire([name], 1, "", LEASE), SlotLease)
+    assert await taken(name) == 3
+
+
+async def test_a_deleted_limit_is_made_again_with_its_value_and_one_warning(
+    slots: PrefectSlots, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """CASE-146: also one of two; nothing stays taken on the one that was there."""
+    other = f"{name}:project"
+    await slots.ensure(name, 2)
+    await slots.ensure(other, 1)
+    async with get_client() as client:
+        await client.delete_global_concurrency_limit_by_name(name)
+    with caplog.at_level(logging.WARNING, "prefect_webapi._prefect.slots"):
+        both = await slots.acquire([name, other], 1, "", LEASE)
+        await lease_of(slots, name)
+    assert isinstance(both, SlotLease)
+    assert (await taken(name), await taken(other)) == (2, 1)
+    assert isinstance(await slots.acquire([name], 1, "", LEASE), Busy)
+    assert len(caplog.records) == 1
+    assert f"limit {name} had been deleted; it was made again with 2" in caplog.text
+
+
+async def test_a_limit_that_nobody_configured_gives_no_slot(slots: PrefectSlots, name: str) -> None:
+    """CASE-146: Prefect itself would answer with a lease on nothing."""
+    assert isinstance(await slots.acquire([name], 1, "", LEASE), Busy)
+    assert await slots.active(name) == 0
+
+
+async def test_a_limit_switched_off_in_the_ui_is_switched_on_by_the_next_start(
+    slots: PrefectSlots, name: str
+) -> None:
+    """CASE-146."""
+    from prefect.client.schemas.actions import GlobalConcurrencyLimitUpdate
+
+    await slots.ensure(name, 1)
+    async with get_client() as client:
+        await client.update_global_concurrency_limit(
+            name, GlobalConcurrencyLimitUpdate(active=False)
+        )
+    await slots.ensure(name, 1)
+    await lease_of(slots, name)
+    assert await taken(name) == 1
+
+
+async def test_many_processes_may_set_the_same_limit_at_once(
+    slots: PrefectSlots, name: str
+) -> None:
+    """CASE-130: reading and creating it is not one step at the server."""
+    async with anyio.create_task_group() as group:
+        for _ in range(4):
+            group.start_soon(PrefectSlots(Clock()).ensure, name, 7)
+    assert await slots.active(name) == 0
+
+
+async def test_without_a_quota_prefect_is_never_asked() -> None:
+    """CASE-132: nobody listens at this address, and nobody notices."""
+    nowhere = f"http://127.0.0.1:{free_port()}/api"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PREFECT_API_URL", nowhere)
+        async with make_quotas(PrefectSlots(Clock())) as quotas:
+            quotas.release("webapi:jobs:prod:default", None, weight=1)
+            await asyncio.sleep(0.05)
+
+
+async def test_a_server_that_is_away_is_named_without_credentials(
+    prefect_api: PrefectServer, name: str
+) -> None:
+    """CASE-142: and no exception of Prefect's or its transport gets out."""
+    port = free_port()
+    with pointed_at(prefect_api, PREFECT_API_URL=f"http://ann:canary@127.0.0.1:{port}/api"):
+        async with PrefectSlots(Clock()) as slots:
+            with pytest.raises(SlotsUnavailable) as caught:
+                await slots.ensure(name, 1)
+    assert f"http://127.0.0.1:{port}/api" in str(caught.value)
+    assert "canary" not in str(caught.value)
+    assert not caught.value.maybe_done
+
+
+async def test_a_refusal_says_what_was_asked_and_answered(slots: PrefectSlots, name: str) -> None:
+    """CASE-142: a lease shorter than the server allows, say."""
+    await slots.ensure(name, 1)
+    with pytest.raises(SlotsUnavailable, match="answered 422 when asked to take slots"):
+        await slots.acquire([name], 1, "", 5)
+
+
+async def test_waiters_of_one_process_are_served_in_order_and_the_count_ends_at_zero(
+    slots: PrefectSlots, name: str
+) -> None:
+    """CASE-129, CASE-137, CASE-147."""
+    metrics = Metrics(CollectorRegistry())
+    order: list[int] = []
+    live = highest = 0
+
+    async def job(number: int) -> None:
+        nonlocal live, highest
+        lease = await take(quotas, name)
+        order.append(number)
+        live += 1
+        highest = max(highest, live)
+        await asyncio.sleep(0.05)
+        live -= 1
+        quotas.release(name, lease, weight=1)
+
+    async with make_quotas(slots, metrics) as quotas:
+        await quotas.configure(name, 3)
+        async with anyio.create_task_group() as group:
+            for number in range(12):
+                group.start_soon(job, number)
+    assert order == list(range(12))
+    assert highest == 3
+    assert metrics.value("slot_releases_total", outcome="ok") == 12
+    assert await taken(name) == 0
+
+
+async def test_a_raised_limit_lets_waiters_start(slots: PrefectSlots, name: str) -> None:
+    """CASE-140."""
+    started = 0
+
+    async def job() -> None:
+        nonlocal started
+        await take(quotas, name)
+        started += 1
+
+    async with make_quotas(slots) as quotas, anyio.create_task_group() as group:
+        await quotas.configure(name, 1)
+        for _ in range(5):
+            group.start_soon(job)
+        await eventually(lambda: started == 1, within=5)
+        await quotas.configure(name, 5)
+        await eventually(lambda: started == 5, within=5)
+    assert await taken(name) == 5
+
+
+async def test_slots_that_a_restarted_server_leaked_come_back(
+    own_prefect_server: PrefectServer, name: str
+) -> None:
+    """CASE-141, CASE-142: 410 within the lease's time; given back exactly, and the job's place taken anew.
+
+    The default lease storage is the server's memory. What a dead process had held is found by `repair`.
+    """
+    server = own_prefect_server
+    changed: list[SlotLease] = []
+    with pointed_at(server):
+        async with PrefectSlots(Clock()) as slots:
+            await slots.ensure(name, 5)
+            live, dead = await lease_of(slots, name, 2), await lease_of(slots, name)
+            await asyncio.to_thread(server.kill)
+            with pytest.raises(SlotsUnavailable):
+                await slots.renew(live.id, LEASE)
+            await asyncio.to_thread(server.start)
+            assert await taken(name) == 3
+            assert not await slots.renew(dead.id, LEASE)
+            fresh = SlotLease(live.id, datetime.now(UTC) + timedelta(seconds=LEASE))
+            async with make_quotas(slots) as quotas:
+                quotas.adopt(name, fresh, weight=2, holder="", changed=changed.append)
+                await eventually(lambda: changed, within=10)
+                assert await taken(name) == 3
+
+                async def held(name: str) -> int:
+                    return 2
+
+                metrics = Metrics(CollectorRegistry())
+                done = await repair(slots, [name], held, clock=Hurried(), metrics=metrics)
+                assert done == {name: 1}
+                assert await taken(name) == 2
+                quotas.release(name, fresh, weight=2)
+            assert await taken(name) == 0
