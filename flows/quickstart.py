@@ -20,17 +20,17 @@ async def quickstart(connection: str = "quickstart") -> None:
     )
 
     # A job that nobody waits for any more is cancelled, at the job server too: see the last lines.
-    endless = asyncio.create_task(job(kind="endless", outcome="never"))
+    endless = asyncio.create_task(job(kind="endless", day=20, outcome="never"))
 
     outcomes = await asyncio.gather(
-        job(
-            kind="fragile", outcome="fail-first"
-        ),  # fails once: Prefect's `retries` makes a second job
-        job(kind="hopeless", outcome="fail", message="there are no figures for this day"),
         *(
             job(kind="report", day=day, seconds=1 + day % 5, result={"sold": 100 * day})
             for day in range(1, 18)
         ),
+        # Fails once: `retries` makes a second attempt, a job of its own.
+        job(kind="fragile", day=18, outcome="fail-first", result={"sold": 1800}),
+        # Fails in every attempt.
+        job(kind="hopeless", day=19, outcome="fail", message="there are no figures for this day"),
         return_exceptions=True,
     )
     for outcome in outcomes:

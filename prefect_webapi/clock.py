@@ -6,7 +6,7 @@ import asyncio
 import time
 from datetime import UTC, datetime, timedelta
 
-__all__ = ["Clock"]
+__all__ = ["Clock", "process_clock", "use_clock"]
 
 
 class Clock:
@@ -47,3 +47,17 @@ class Clock:
     def real(self, seconds: float) -> float:
         """How many real seconds `seconds` of this clock take: for the event loop's own timers."""
         return seconds / self.speed
+
+
+_chosen: Clock | None = None
+
+
+def process_clock() -> Clock:
+    """The clock of this process's engine: real time, unless a test chose another before the engine started."""
+    return _chosen or Clock()
+
+
+def use_clock(clock: Clock | None) -> None:
+    """Let engines that start from now on live by `clock`; None: by real time. Only tests do this."""
+    global _chosen
+    _chosen = clock

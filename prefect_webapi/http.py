@@ -6,17 +6,22 @@ connection proves about a create is decided here once (`job_may_exist`).
 
 from __future__ import annotations
 
+import base64
+import binascii
+import html
 import ipaddress
 import json as json_module
+import re
+import socket
 import ssl
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from http import HTTPStatus
-from typing import Any, Literal
-from urllib.parse import quote, urlsplit
+from typing import Any, Literal, cast
+from urllib.parse import quote, quote_plus, urlsplit
 
 import httpx
 from pydantic import SecretStr
@@ -24,27 +29,40 @@ from pydantic import SecretStr
 from prefect_webapi.contract.errors import (
     AlreadyExists,
     AuthError,
+    BadTaskSpecification,
     ConfigurationError,
     NotFound,
-    OutcomeUnknown,
     RemoteError,
     RemoteSystemError,
     RemoteUserError,
     Throttled,
 )
+from prefect_webapi.contract.secrecy import looks_secret
 
 __all__ = ["Answer", "RemoteClient", "classify", "error_of_status", "path", "retry_after"]
 
 Method = Literal["GET", "POST", "PUT", "PATCH", "DELETE"]
-HeaderSource = Callable[[], Awaitable[Mapping[str, str]]]
+HeaderSource = Callable[[], Awaitable[Mapping[str, str | SecretStr]]]
 
 MAX_ANSWER_BYTES = 32 * 1024 * 1024
+MAX_ERROR_BYTES = 64 * 1024
+"""So much of an error's body is read: no message is longer, and no large one shall hide the status."""
 SHOWN_CHARACTERS = 200
+MESSAGE_CHARACTERS = 800
+CONNECT_SECONDS = 10.0
+"""Shorter than the engine's own time-outs: a connect that hangs is then known to have sent nothing."""
+POOL_SECONDS = 20.0
+KEEPALIVE_SECONDS = 4.0
+"""Below the 5 s after which many servers close: a request on a connection just closed has an unknown outcome."""
+
 _NOTHING_SENT = (
     httpx.ConnectError,
     httpx.ConnectTimeout,
     httpx.PoolTimeout,
-    httpx.UnsupportedProtocol,
+    httpx.ProxyError,
+    ConnectionRefusedError,
+    socket.gaierror,
+    ssl.SSLCertVerificationError,
 )
 
 
@@ -55,21 +73,35 @@ def _trusted() -> ssl.SSLContext:
 
 
 def path(*segments: object) -> str:
-    """A path of encoded segments: an id may hold `/`, `?`, `#`, `%` or blanks."""
-    return "".join(f"/{quote(str(segment), safe='')}" for segment in segments)
+    """A path of encoded segments: an id may hold `/`, `?`, `#`, `%` or blanks.
+
+    Raises:
+        RemoteUserError: a segment is empty, `.` or `..`: the path would mean something else.
+    """
+    texts = [str(segment) for segment in segments]
+    for text in texts:
+        if text in ("", ".", ".."):
+            raise RemoteUserError(f"{text!r} can't be part of a path", code="InvalidId")
+    return "".join(f"/{quote(text, safe='')}" for text in texts)
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What came back, whole. `headers` have lower-case names."""
+    """What came back, whole. `headers` have lower-case names; `mask` takes the client's secrets out of a text."""
 
     status: int
     headers: Mapping[str, str] = field(repr=False)
     body: bytes = field(repr=False)
+    mask: Callable[[str], str] = field(default=str, repr=False, compare=False)
 
     @property
     def text(self) -> str:
         return self.body.decode("utf-8", "replace")
+
+    @property
+    def beginning(self) -> str:
+        """The first 200 characters, without secrets: for messages."""
+        return _beginning(self.body, self.mask)
 
     def json(self) -> Any:
         """The body as data; whole numbers of any length stay exact.
@@ -78,12 +110,13 @@ class Answer:
             RemoteSystemError: it isn't JSON in UTF-8.
         """
         try:
-            return json_module.loads(self.body.decode("utf-8"))
-        except ValueError as error:
-            raise RemoteSystemError(
-                f"the answer (HTTP {self.status}) is not JSON: {self.text[:SHOWN_CHARACTERS]!r}",
-                code="UnreadableAnswer",
-            ) from error
+            return json_module.loads(self.body.decode("utf-8-sig"))
+        except (ValueError, RecursionError):
+            pass  # the error to raise must not carry this one, which holds the whole text
+        raise RemoteSystemError(
+            f"the answer (HTTP {self.status}) is not JSON: {self.beginning!r}",
+            code="UnreadableAnswer",
+        )
 
 
 class RemoteClient:
@@ -93,15 +126,15 @@ class RemoteClient:
         base_url: root of the API; a path in it is kept.
         token: sent as a bearer token.
         headers: sent with each request; secrets as `SecretStr`.
-        auth: asked before each request for further headers, such as a fresh token.
-        request_timeout: longest wait for a connection or between two parts of an answer; the engine's own time-outs
-            bound a call as a whole.
+        auth: asked before each request for further headers, such as a fresh token; all of them count as secret.
+        request_timeout: longest wait between two parts of an answer; a connection gets 10 s at most. The engine's own
+            time-outs bound a call as a whole.
         max_answer_bytes: larger answers are cut off and refused while they are read.
         allow_insecure: permit `http://` with credentials to a host that is not this machine.
         transport: for tests.
 
     Raises:
-        ConfigurationError: credentials would travel in the clear.
+        ConfigurationError: the address can't be used, a header can't be sent, or credentials would travel in the clear.
     """
 
     def __init__(
@@ -117,25 +150,29 @@ class RemoteClient:
         allow_insecure: bool = False,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
-        self._base_url = base_url.rstrip("/")
-        self._headers = dict(headers or {})
+        given = dict(headers or {})
         if token is not None:
-            self._headers["Authorization"] = SecretStr(f"Bearer {token.get_secret_value()}")
+            given["Authorization"] = SecretStr(f"Bearer {token.get_secret_value()}")
+        secrets = _secrets_of(given)
+        _check_address(base_url, credentials=bool(secrets or auth) and not allow_insecure)
+        self._base_url = base_url.rstrip("/")
+        self._headers = _sendable(given)
+        self._secrets = secrets
+        self._mask = _Mask(secrets)
         self._auth = auth
-        self._secrets = [
-            value.get_secret_value()
-            for value in (*self._headers.values(), token)
-            if isinstance(value, SecretStr) and value.get_secret_value()
-        ]
         self._max_answer_bytes = max_answer_bytes
-        self._timeout = request_timeout.total_seconds()
+        longest = request_timeout.total_seconds()
+        self._timeout = httpx.Timeout(
+            longest, connect=min(longest, CONNECT_SECONDS), pool=min(longest, POOL_SECONDS)
+        )
         self._limits = httpx.Limits(
-            max_connections=max_connections, max_keepalive_connections=max_connections
+            max_connections=max_connections,
+            max_keepalive_connections=max_connections,
+            keepalive_expiry=KEEPALIVE_SECONDS,
         )
         self._transport = transport
         self._client: httpx.AsyncClient | None = None
-        if (self._secrets or auth) and not allow_insecure:
-            _refuse_clear_text(base_url)
+        self._is_closed = False
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._base_url!r})"
@@ -145,7 +182,7 @@ class RemoteClient:
         path: str,
         *,
         params: Mapping[str, Any] | None = None,
-        headers: Mapping[str, str] | None = None,
+        headers: Mapping[str, str | SecretStr] | None = None,
     ) -> Any:
         """The answer's JSON. Raises what `request` and `Answer.json` raise, and `error_of_status`'s errors."""
         return await self._data("GET", path, params=params, headers=headers)
@@ -156,7 +193,7 @@ class RemoteClient:
         *,
         json: Any = None,
         params: Mapping[str, Any] | None = None,
-        headers: Mapping[str, str] | None = None,
+        headers: Mapping[str, str | SecretStr] | None = None,
     ) -> Any:
         return await self._data("POST", path, params=params, json=json, headers=headers)
 
@@ -166,7 +203,7 @@ class RemoteClient:
         *,
         json: Any = None,
         params: Mapping[str, Any] | None = None,
-        headers: Mapping[str, str] | None = None,
+        headers: Mapping[str, str | SecretStr] | None = None,
     ) -> Any:
         return await self._data("PUT", path, params=params, json=json, headers=headers)
 
@@ -176,7 +213,7 @@ class RemoteClient:
         *,
         json: Any = None,
         params: Mapping[str, Any] | None = None,
-        headers: Mapping[str, str] | None = None,
+        headers: Mapping[str, str | SecretStr] | None = None,
     ) -> Any:
         return await self._data("PATCH", path, params=params, json=json, headers=headers)
 
@@ -185,8 +222,9 @@ class RemoteClient:
         path: str,
         *,
         params: Mapping[str, Any] | None = None,
-        headers: Mapping[str, str] | None = None,
+        headers: Mapping[str, str | SecretStr] | None = None,
     ) -> Any:
+        """As `get`; None where the service confirms without a body, as many do."""
         return await self._data("DELETE", path, params=params, headers=headers)
 
     async def request(
@@ -196,71 +234,90 @@ class RemoteClient:
         *,
         params: Mapping[str, Any] | None = None,
         json: Any = None,
-        headers: Mapping[str, str] | None = None,
+        headers: Mapping[str, str | SecretStr] | None = None,
     ) -> Answer:
         """Send one request and read its answer, whatever its status.
 
-        Redirects are not followed: they would carry the credentials along.
+        Redirects are not followed: they would carry the credentials along. Of an error's body the first 64 KiB are
+        read.
 
         Raises:
             RemoteSystemError: nothing came back, or too much; `job_may_exist` tells whether anything was sent.
+            BadTaskSpecification: `json` has no JSON form.
         """
-        extra = dict(await self._auth()) if self._auth is not None else {}
-        self._secrets += [v for v in extra.values() if v not in self._secrets][-8:]
-        sent = {
-            **{
-                k: v.get_secret_value() if isinstance(v, SecretStr) else v
-                for k, v in self._headers.items()
-            },
-            **extra,
-            **(headers or {}),
-        }
+        extra = {**await self._fresh_headers(), **(headers or {})}
+        mask = _Mask([*self._secrets, *_secrets_of(extra)]) if extra else self._mask
+        sent = {**self._headers, **_sendable(extra)}
         content = None
         if json is not None:
-            content = json_module.dumps(json, ensure_ascii=False).encode("utf-8")
+            content = _encoded(json)
             sent.setdefault("Content-Type", "application/json")
+        asked = {key: value for key, value in (params or {}).items() if value is not None}
         try:
             async with self._opened().stream(
-                method, self._base_url + path, params=params, content=content, headers=sent
+                method, self._base_url + path, params=asked or None, content=content, headers=sent
             ) as response:
-                return Answer(
-                    response.status_code, dict(response.headers.items()), await self._body(response)
-                )
+                body = await self._body(response, mask)
+                return Answer(response.status_code, dict(response.headers.items()), body, mask)
         except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, OSError) as error:
-            raise self._masked(classify(error)) from None
+            found = classify(error)
+        # Raised outside the handler: what httpx raised holds the request, and so the credentials.
+        found.message = mask(found.message)
+        found.args = (found.message,)
+        raise found
 
     async def aclose(self) -> None:
-        if self._client is not None:
-            await self._client.aclose()
-            self._client = None
+        self._is_closed = True
+        client, self._client = self._client, None
+        if client is not None:
+            await client.aclose()
 
     async def _data(self, method: Method, path: str, **arguments: Any) -> Any:
         answer = await self.request(method, path, **arguments)
         error = error_of_status(answer, method)
         if error is not None:
-            raise self._masked(error)
-        if not answer.body and answer.status in (HTTPStatus.ACCEPTED, HTTPStatus.NO_CONTENT):
+            raise error
+        if not answer.body and (
+            method == "DELETE" or answer.status in (HTTPStatus.ACCEPTED, HTTPStatus.NO_CONTENT)
+        ):
             return None
-        try:
-            return answer.json()
-        except RemoteSystemError as unreadable:
-            raise self._masked(unreadable) from None
+        return answer.json()
 
-    async def _body(self, response: httpx.Response) -> bytes:
-        parts: list[bytes] = []
-        size = 0
+    async def _fresh_headers(self) -> dict[str, SecretStr]:
+        if self._auth is None:
+            return {}
+        try:
+            given = await self._auth()
+        except ConfigurationError:
+            raise
+        except Exception as error:  # an author's code; whatever it raises, nothing was sent yet
+            found = classify(error)
+            found.job_may_exist = False
+            if found is error:
+                raise
+            raise found from error
+        return {name: SecretStr(_plain(value)) for name, value in given.items()}
+
+    async def _body(self, response: httpx.Response, mask: Callable[[str], str]) -> bytes:
+        is_error = response.status_code >= HTTPStatus.MULTIPLE_CHOICES
+        limit = MAX_ERROR_BYTES if is_error else self._max_answer_bytes
+        body = bytearray()
         async for part in response.aiter_bytes():
-            size += len(part)
-            if size > self._max_answer_bytes:
-                raise RemoteSystemError(
-                    f"the answer (HTTP {response.status_code}) is larger than {self._max_answer_bytes} bytes",
-                    code="AnswerTooLarge",
-                )
-            parts.append(part)
-        return b"".join(parts)
+            body += part
+            if len(body) > limit:
+                break
+        if len(body) > limit and not is_error:
+            raise RemoteSystemError(
+                f"the answer (HTTP {response.status_code}) is larger than {limit} bytes: "
+                f"{_beginning(body, mask)!r}",
+                code="AnswerTooLarge",
+            )
+        return bytes(body[:limit])
 
     def _opened(self) -> httpx.AsyncClient:
         """Made at the first use, on the loop that uses it."""
+        if self._is_closed:
+            raise RemoteSystemError("the client is closed", code="Closed", job_may_exist=False)
         if self._client is None:
             secure = self._base_url.startswith("https:")
             self._client = httpx.AsyncClient(
@@ -271,17 +328,6 @@ class RemoteClient:
                 follow_redirects=False,
             )
         return self._client
-
-    def _masked(self, error: RemoteError) -> RemoteError:
-        """Services echo what they were sent: no secret of ours leaves in an error's text."""
-        text = error.message
-        for secret in sorted(self._secrets, key=len, reverse=True):
-            text = text.replace(secret, "***")
-            text = text.replace(secret.removeprefix("Bearer "), "***")
-        if text != error.message:
-            error.message = text
-            error.args = (text,)
-        return error
 
 
 def error_of_status(answer: Answer, method: Method) -> RemoteError | None:
@@ -308,10 +354,14 @@ def error_of_status(answer: Answer, method: Method) -> RemoteError | None:
             return RemoteSystemError(told, code=code)
         case 409 if method in ("POST", "PUT"):
             return AlreadyExists(told)
+        case 425:
+            return RemoteSystemError(told, code=code, job_may_exist=False)
         case 429:
             return Throttled(told, retry_after=hint, code=code)
         case 503 if "retry-after" in answer.headers:
             return Throttled(told, retry_after=hint, code=code)
+        case 303 if method != "GET":  # done, and the outcome is to be seen elsewhere
+            return RemoteSystemError(told, code=code)
         case _ if 300 <= status < 400:
             return RemoteUserError(
                 f"HTTP {status}: the service redirects elsewhere; redirects are not followed. Set the address it "
@@ -325,73 +375,194 @@ def error_of_status(answer: Answer, method: Method) -> RemoteError | None:
 
 
 def retry_after(headers: Mapping[str, str], *, now: datetime | None = None) -> timedelta | None:
-    """The wait that a `Retry-After` header asks for, in seconds or as a date; None: absent or unreadable."""
-    text = next((v for k, v in headers.items() if k.lower() == "retry-after"), "").strip()
-    if not text:
+    """The wait that a `Retry-After` header asks for, in seconds or as a date; None: absent or unreadable.
+
+    A date counts from the answer's own `Date`, so that clocks may differ; `now` is used where it has none.
+    """
+    lower = {key.lower(): value for key, value in headers.items()}
+    text = lower.get("retry-after", "").strip()
+    if re.fullmatch(r"[0-9]+(\.[0-9]*)?", text):
+        try:
+            return timedelta(seconds=float(text))
+        except OverflowError:
+            return timedelta.max
+    when = _date(text)
+    if when is None:
         return None
-    try:
-        return timedelta(seconds=max(0.0, float(text)))
-    except (ValueError, OverflowError):
-        pass
-    try:
-        when = parsedate_to_datetime(text)
-    except (TypeError, ValueError):
-        return None
-    if when.tzinfo is None:
-        when = when.replace(tzinfo=UTC)
-    return max(timedelta(0), when - (now or datetime.now(UTC)))
+    return max(timedelta(0), when - (_date(lower.get("date", "")) or now or datetime.now(UTC)))
 
 
 def classify(error: Exception) -> RemoteError:
     """What an exception of an author's own client means.
 
-    httpx's exceptions are known in detail; any other exception is a system failure named after its class, and
-    nothing is concluded from it about whether a job was made.
+    httpx's exceptions are known in detail. A configuration error is the user's; any other exception is a system
+    failure named after its class, and nothing is concluded from it about whether a job was made.
     """
+    name = type(error).__name__
     if isinstance(error, RemoteError):
         return error
+    if isinstance(error, ConfigurationError):
+        return BadTaskSpecification(str(error), code=name)
     if isinstance(error, httpx.HTTPStatusError):
-        response = error.response
-        method: Any = error.request.method
-        answer = Answer(response.status_code, dict(response.headers.items()), response.content)
-        return error_of_status(answer, method) or RemoteSystemError(str(error))
-    name = type(error).__name__
+        return _of_response(error.response, error.request.method) or RemoteSystemError(str(error))
+    if isinstance(error, httpx.LocalProtocolError):  # its text may hold a header
+        return RemoteUserError("the request can't be sent: it breaks the protocol", code=name)
     if isinstance(error, httpx.InvalidURL | httpx.UnsupportedProtocol):
         return RemoteUserError(f"{name}: {error}", code=name)
-    if isinstance(error, (*_NOTHING_SENT, ConnectionRefusedError)):
+    if isinstance(error, _NOTHING_SENT):
         return RemoteSystemError(f"{name}: {error}", code=name, job_may_exist=False)
     if isinstance(error, httpx.TimeoutException | TimeoutError):
-        return OutcomeUnknown(f"no answer in time ({name})", code="Timeout")
+        return RemoteSystemError(f"no answer in time ({name})", code="Timeout")
     if isinstance(error, httpx.TransportError | ConnectionError):
-        return OutcomeUnknown(f"the connection was lost ({name}: {error})", code="ConnectionLost")
+        return RemoteSystemError(
+            f"the connection was lost ({name}: {error})", code="ConnectionLost"
+        )
     return RemoteSystemError(f"{name}: {error}", code=name)
+
+
+def _of_response(response: httpx.Response, method: str) -> RemoteError | None:
+    try:
+        body = response.content
+    except httpx.ResponseNotRead:
+        body = b""
+    answer = Answer(response.status_code, dict(response.headers.items()), body)
+    return error_of_status(answer, cast(Method, method))
+
+
+# --- texts without secrets -------------------------------------------------------------------
+
+
+class _Mask:
+    """Takes secrets out of a text, in each of the shapes in which services echo them."""
+
+    def __init__(self, secrets: Iterable[str]) -> None:
+        shapes = {shape for secret in secrets for shape in _shapes(secret) if shape}
+        self._shapes = sorted(shapes, key=len, reverse=True)
+
+    def __call__(self, text: str) -> str:
+        for shape in self._shapes:
+            text = text.replace(shape, "***")
+        return text
+
+
+def _shapes(secret: str) -> Iterable[str]:
+    """The secret as it is, without its scheme, and as URLs, JSON, HTML and tracebacks write it."""
+    scheme, _, rest = secret.partition(" ")
+    if scheme.lower() == "basic":
+        try:
+            plain = base64.b64decode(rest, validate=True).decode("utf-8", "replace")
+        except binascii.Error:
+            plain = ""
+        yield plain
+        yield plain.partition(":")[2]
+    for form in (secret, rest):
+        yield form
+        yield quote(form, safe="")
+        yield quote_plus(form)
+        yield json_module.dumps(form)[1:-1]
+        yield html.escape(form)
+
+
+def _secrets_of(headers: Mapping[str, str | SecretStr]) -> list[str]:
+    """The values that must never be shown; a plain string under a telling name is one too."""
+    return [
+        _plain(value)
+        for name, value in headers.items()
+        if isinstance(value, SecretStr) or looks_secret(name) or name.lower() == "cookie"
+    ]
+
+
+def _plain(value: str | SecretStr) -> str:
+    return value.get_secret_value() if isinstance(value, SecretStr) else value
+
+
+def _beginning(body: bytes | bytearray, mask: Callable[[str], str]) -> str:
+    """Masked before it is cut: the cut must not leave half a secret."""
+    return mask(body[:MAX_ERROR_BYTES].decode("utf-8", "replace"))[:SHOWN_CHARACTERS]
 
 
 def _message(answer: Answer) -> str:
     """The service's own words: a JSON answer's message where it has one, else its first characters."""
     try:
         data: Any = json_module.loads(answer.body)
-    except ValueError:
+    except (ValueError, RecursionError):
         data = None
-    if isinstance(data, dict):
-        for key in ("message", "detail", "error", "error_description", "reason"):
-            value: Any = data.get(key)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
-            if isinstance(value, str) and value:
-                return value[: 4 * SHOWN_CHARACTERS]
-    return answer.text[:SHOWN_CHARACTERS].strip() or "no message"
+    told = _told(data)
+    if told:
+        return answer.mask(told)[:MESSAGE_CHARACTERS]
+    return answer.beginning.strip() or "no message"
 
 
-def _refuse_clear_text(base_url: str) -> None:
-    address = urlsplit(base_url)
-    host = address.hostname or ""
-    if address.scheme != "http" or host == "localhost":
-        return
+def _told(data: Any) -> str:
+    if not isinstance(data, dict):
+        return ""
+    fields = cast(dict[str, Any], data)
+    for key in ("message", "detail", "error", "error_description", "reason"):
+        value = fields.get(key)
+        if isinstance(value, dict):  # {"error": {"message": …}}
+            value = _told(cast(Any, value))
+        if isinstance(value, str) and value:
+            return value
+    return ""
+
+
+# --- what may be sent ------------------------------------------------------------------------
+
+
+def _sendable(headers: Mapping[str, str | SecretStr]) -> dict[str, str]:
+    plain = {name: _plain(value) for name, value in headers.items()}
+    for name, value in plain.items():
+        if not value.isascii() or not value.isprintable() or value != value.strip():
+            raise ConfigurationError(
+                f"header {name} can't be sent: its value has a line break, a blank at an end, or a character "
+                "outside ASCII. Was a secret pasted or read with its line end?"
+            )
+    return plain
+
+
+def _encoded(data: Any) -> bytes:
     try:
-        if ipaddress.ip_address(host).is_loopback:
-            return
+        return json_module.dumps(data, ensure_ascii=False, allow_nan=False).encode("utf-8")
+    except (TypeError, ValueError, RecursionError) as error:
+        problem = error.reason if isinstance(error, UnicodeEncodeError) else str(error)
+    raise BadTaskSpecification(f"the request has no JSON form: {problem}")
+
+
+def _check_address(base_url: str, *, credentials: bool) -> None:
+    """Refuse what can't work, and what would send credentials in the clear."""
+    try:
+        address = urlsplit(base_url)
+        host, scheme = address.hostname or "", address.scheme
     except ValueError:
-        pass
-    raise ConfigurationError(
-        f"base_url {address.scheme}://{host} would send credentials in the clear. Use https://, or set "
-        "allow_insecure in the block's settings if the network is yours"
-    )
+        host, scheme, address = "", "", None
+    if address is None or scheme not in ("http", "https") or not host:
+        raise ConfigurationError(
+            "base_url is no address of a web service. Write it like https://jobs.example.com/"
+        )
+    if address.username is not None or address.query or address.fragment:
+        raise ConfigurationError(
+            f"base_url {scheme}://{host} has a user, a query or a fragment. Credentials belong in the block's own "
+            "fields; leave the rest out"
+        )
+    if credentials and scheme == "http" and not _is_this_machine(host):
+        raise ConfigurationError(
+            f"base_url {scheme}://{host} would send credentials in the clear. Use https://, or set "
+            "allow_insecure in the block's settings if the network is yours"
+        )
+
+
+def _is_this_machine(host: str) -> bool:
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _date(text: str) -> datetime | None:
+    try:
+        when = parsedate_to_datetime(text)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return when if when.tzinfo is not None else when.replace(tzinfo=UTC)

@@ -43,7 +43,17 @@ class ReadingPolicy:
 class Watched:
     """A job being read. `token` is the receiver's; the poller never looks into it."""
 
-    __slots__ = ("born", "context", "due", "failures", "gap", "in_flight", "token", "wanted")
+    __slots__ = (
+        "born",
+        "context",
+        "due",
+        "failures",
+        "gap",
+        "in_flight",
+        "late",
+        "token",
+        "wanted",
+    )
 
     def __init__(self, token: Any, context: Any, born: float) -> None:
         self.token = token
@@ -52,15 +62,17 @@ class Watched:
         self.due = 0.0
         self.gap = 0.0
         self.failures = 0
+        self.late = 0.0
         self.in_flight = False
         self.wanted = True
 
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """What one read of one job brought: a snapshot, or why there is none."""
+    """What one read of one job brought: a snapshot, or why there is none. `late`: seconds after it was due."""
 
     watched: Watched
+    late: float
     resource: Any = None
     error: Exception | None = None
 
@@ -115,7 +127,6 @@ class Poller:
         self._news = anyio.Event()
         self._workers = 0
         self._watched = 0
-        self.lateness = 0.0
 
     def __len__(self) -> int:
         return self._watched
@@ -188,17 +199,17 @@ class Poller:
             if answer is None:  # the service did not mention this job
                 await self._read_alone(watched)
             elif isinstance(answer, Exception):
-                await self._give(Observation(watched, error=answer))
+                await self._give(Observation(watched, watched.late, error=answer))
             else:
-                await self._give(Observation(watched, resource=answer))
+                await self._give(Observation(watched, watched.late, resource=answer))
 
     async def _read_alone(self, watched: Watched) -> None:
         try:
             answer = await self._reading.one(watched.context)
         except Exception as error:  # noqa: BLE001 - whatever a read raises is its answer
-            await self._give(Observation(watched, error=error))
+            await self._give(Observation(watched, watched.late, error=error))
         else:
-            await self._give(Observation(watched, resource=answer))
+            await self._give(Observation(watched, watched.late, resource=answer))
 
     async def _give(self, observation: Observation) -> None:
         observation.watched.in_flight = False
@@ -233,6 +244,6 @@ class Poller:
             heapq.heappop(self._heap)
             if watched.wanted:
                 watched.in_flight = True
-                self.lateness = max(0.0, now - due)
+                watched.late = max(0.0, now - due)
                 batch.append(watched)
         return batch

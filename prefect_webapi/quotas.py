@@ -368,6 +368,19 @@ class Quotas:
 
     # --- the queue ---------------------------------------------------------------------------
 
+    async def repair(
+        self, names: Iterable[str], held: Callable[[str], Awaitable[int]]
+    ) -> dict[str, int]:
+        """Give leaked slots back: see the function `repair`."""
+        return await repair(
+            self._slots,
+            names,
+            held,
+            clock=self._clock,
+            metrics=self._metrics,
+            lease=timedelta(seconds=self._seconds),
+        )
+
     def _queue(self, name: str) -> _Queue:
         return self._queues.setdefault(name, _Queue(name))
 

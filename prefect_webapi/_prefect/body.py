@@ -7,6 +7,7 @@ deadline, or left on purpose, before the task ends.
 from __future__ import annotations
 
 import inspect
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -114,13 +115,15 @@ async def run_async(
     if context is None:
         return spec
     call: _Call | None = None
+    began = time.monotonic()
+    service.listen()
     try:
         try:
             engine = service.started() or await anyio.to_thread.run_sync(service.start, load)
             call = _admit(job, spec, context, engine)
             return _state(await call.ticket.outcome())
         except INTERRUPTS as interrupt:
-            cause = _interrupted(call, interrupt)
+            cause = _interrupted(call, interrupt, began)
             outcome = await _until_stopped(call) if call and not cause.leaves_job else None
             return _interrupted_end(call, cause, outcome, interrupt)
     except EngineClosed as error:
@@ -142,12 +145,14 @@ def run_sync(
     if context is None:
         return spec
     call: _Call | None = None
+    began = time.monotonic()
+    service.listen()
     try:
         try:
             call = _admit(job, spec, context, service.start(load))
             return _state(call.ticket.outcome_blocking())
         except INTERRUPTS as interrupt:
-            cause = _interrupted(call, interrupt)
+            cause = _interrupted(call, interrupt, began)
             outcome = _until_stopped_blocking(call) if call and not cause.leaves_job else None
             return _interrupted_end(call, cause, outcome, interrupt)
     except EngineClosed as error:
@@ -241,9 +246,9 @@ def _keep_out_of_caches() -> None:
 # --- interrupts ----------------------------------------------------------------------------------------
 
 
-def _interrupted(call: _Call | None, interrupt: BaseException) -> Cause:
+def _interrupted(call: _Call | None, interrupt: BaseException, began: float) -> Cause:
     """Tell the engine what shall become of the job."""
-    cause = cause_of(interrupt)
+    cause = cause_of(interrupt, heard=service.signal_since(began))
     if call is None:
         return cause
     if call.job.on_exit == "leave" and not cause.is_task_timeout:

@@ -7,6 +7,7 @@ User intent ends the job: a cancelled flow run, a time-out, an interrupt. A proc
 from __future__ import annotations
 
 import asyncio
+import signal
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
@@ -15,7 +16,15 @@ from prefect._internal.control_listener import get_intent
 from prefect.context import FlowRunContext, TaskRunContext
 from prefect.exceptions import TerminationSignal
 
-__all__ = ["INTERRUPTS", "LEAVING_INTENTS", "Cause", "cause_of", "control_intent", "is_suspending"]
+__all__ = [
+    "INTERRUPTS",
+    "LEAVING_INTENTS",
+    "Cause",
+    "cause_of",
+    "control_intent",
+    "is_suspending",
+    "reason_of",
+]
 
 INTERRUPTS = (asyncio.CancelledError, TerminationSignal, KeyboardInterrupt)
 """What can break into a waiting body."""
@@ -52,8 +61,21 @@ def is_suspending() -> bool:
     return context is not None and context.flow_run_suspension_request.is_requested()
 
 
-def cause_of(interrupt: BaseException, *, now: datetime | None = None) -> Cause:
-    """Why `interrupt` broke into the body that runs in this context."""
+def reason_of(heard: signal.Signals) -> str:
+    """A signal as a reason."""
+    if heard is signal.SIGINT:
+        return "the process was interrupted (SIGINT)"
+    return f"the process was asked to end ({heard.name})"
+
+
+def cause_of(
+    interrupt: BaseException, *, heard: signal.Signals | None = None, now: datetime | None = None
+) -> Cause:
+    """Why `interrupt` broke into the body that runs in this context.
+
+    Args:
+        heard: a signal that this process got while the body was waiting.
+    """
     intent = control_intent()
     if intent in LEAVING_INTENTS:
         return Cause(f"the worker gave the flow run back ({intent})", leaves_job=True)
@@ -71,10 +93,10 @@ def cause_of(interrupt: BaseException, *, now: datetime | None = None) -> Cause:
     if intent == "cancel":
         return Cause("the flow run was cancelled")
     if isinstance(interrupt, TerminationSignal):
-        return Cause("the process was asked to end (SIGTERM)")
+        heard = heard or signal.SIGTERM
     if isinstance(interrupt, KeyboardInterrupt):
-        return Cause("the process was interrupted (SIGINT)")
-    return Cause("the task was cancelled")
+        heard = heard or signal.SIGINT
+    return Cause(reason_of(heard) if heard else "the task was cancelled")
 
 
 def _has_passed(start: datetime, seconds: float | None, now: datetime) -> bool:

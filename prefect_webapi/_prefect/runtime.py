@@ -6,8 +6,10 @@ from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
 from typing import Any
+from urllib.parse import urlsplit
 
 import anyio
+from prefect.settings import PREFECT_API_URL
 
 from prefect_webapi._prefect.api import Api
 from prefect_webapi._prefect.connections import BlockConnections
@@ -16,7 +18,8 @@ from prefect_webapi._prefect.outputs import ResultStorage
 from prefect_webapi._prefect.reports import Display
 from prefect_webapi._prefect.secrets import BlockSecrets
 from prefect_webapi._prefect.slots import PrefectSlots
-from prefect_webapi.clock import Clock
+from prefect_webapi.clock import process_clock
+from prefect_webapi.contract.config import EngineSettings
 from prefect_webapi.engine.liveness import this_process
 from prefect_webapi.engine.runtime import Runtime
 from prefect_webapi.engine.services import Services
@@ -70,25 +73,41 @@ def make_runtime(
     options: Options, display: Display, watch: Callable[[Api], Coroutine[Any, Any, None]]
 ) -> Runtime:
     """Called on the runtime's loop."""
-    clock, metrics = Clock(), Metrics()
+    clock, metrics = process_clock(), Metrics()
     me, api, slots = this_process(clock.now()), Api(), PrefectSlots(clock)
+    store = SqlStore(options.ledger_url.get_secret_value(), clock=clock)
+    overrides = options.overrides()
     services = Services(
         runtime_id=me.id,
         clock=clock,
-        store=SqlStore(options.ledger_url.get_secret_value(), clock=clock),
+        store=store,
         plugins=Plugins(
             default_registry,
             BlockConnections(api),
             metrics=metrics,
             clock=clock,
-            overrides=options.overrides(),
+            overrides=overrides,
             disabled=options.disabled_plugins,
         ),
         gates=Gates(clock, metrics),
-        quotas=Quotas(slots, clock=clock, metrics=metrics),
+        quotas=Quotas(
+            slots,
+            clock=clock,
+            metrics=metrics,
+            lease=overrides.get("slot_lease", EngineSettings().slot_lease),
+        ),
         secrets=BlockSecrets(api),
         outputs=ResultStorage(),
         metrics=metrics,
+        owns_limits=store.is_shared or _server_is_here(),
     )
     background = [display.run, partial(watch, api)]
     return _Runtime(services, me, api=api, slots=slots, background=background)
+
+
+def _server_is_here() -> bool:
+    """Whether Prefect's server runs on this machine: then our ledger knows all who use its limits."""
+    url = PREFECT_API_URL.value()
+    if not url:
+        return True  # a server of this process's own
+    return urlsplit(str(url)).hostname in ("127.0.0.1", "localhost", "::1")

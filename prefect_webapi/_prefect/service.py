@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import signal
 import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from prefect_webapi._prefect.watch import Watch
 if TYPE_CHECKING:  # the engine itself is loaded by the first job
     from prefect_webapi.engine.host import HostApi
 
-__all__ = ["Engine", "close", "instead", "listen", "start", "started"]
+__all__ = ["Engine", "close", "instead", "listen", "signal_since", "start", "started"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,11 @@ def start(load: Callable[[], Options]) -> Engine:
 def listen() -> None:
     """Hear signals from now on; called where tasks are submitted, as their threads can't."""
     _here().watch.listen()
+
+
+def signal_since(at: float) -> signal.Signals | None:
+    """The last signal that this process heard, if it came after this monotonic time."""
+    return _here().watch.signal_since(at)
 
 
 def close() -> None:

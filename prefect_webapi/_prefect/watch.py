@@ -12,6 +12,7 @@ import asyncio
 import logging
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +26,7 @@ from prefect.client.schemas.objects import FlowRun, State
 from prefect.context import FlowRunContext
 
 from prefect_webapi._prefect.api import Api
-from prefect_webapi._prefect.causes import LEAVING_INTENTS, control_intent
+from prefect_webapi._prefect.causes import LEAVING_INTENTS, control_intent, reason_of
 from prefect_webapi.contract.errors import WebApiError
 
 if TYPE_CHECKING:
@@ -62,16 +63,25 @@ class _Watched:
 
     ticket: Ticket
     flow_runs: frozenset[str]
-    flow_run: FlowRun | None
+    flow: FlowRunContext | None
+    flow_state: UUID | None  # of the flow run when the call was made
     cancel_event: threading.Event | None
 
     @property
-    def flow_has_failed(self) -> bool:
-        """Its flow ended badly while the task was still running in a pool."""
+    def was_abandoned(self) -> bool:
+        """Its flow was broken off, or failed, while the task was still running in a pool.
+
+        The runner's event alone says only that the flow's function is over. When that is so in good order, or for a
+        retry, a pause or a suspension, the flow run has got a new state before.
+        """
         if self.cancel_event is None or not self.cancel_event.is_set():
             return False
-        state = self.flow_run.state if self.flow_run else None
-        return state is not None and (state.is_failed() or state.is_crashed())
+        run = self.flow.flow_run if self.flow else None
+        if self.flow is None or run is None or run.state is None:
+            return False
+        if self.flow.flow_run_suspension_request.is_requested():
+            return False
+        return run.state.id == self.flow_state or run.state.is_failed() or run.state.is_crashed()
 
 
 class Watch:
@@ -81,17 +91,20 @@ class Watch:
         self._watched: dict[int, _Watched] = {}
         self._lock = threading.Lock()
         self._signal: signal.Signals | None = None
+        self._last: tuple[float, signal.Signals] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stirred: asyncio.Event | None = None
         self._told = False
 
     def add(self, ticket: Ticket, flow_runs: Iterable[str], task_run: UUID) -> Callable[[], None]:
         """Watch over a call until the returned function is called. Called in the task's context."""
-        context = FlowRunContext.get()
+        flow = FlowRunContext.get()
+        run = flow.flow_run if flow else None
         watched = _Watched(
             ticket,
             frozenset(filter(None, flow_runs)),
-            context.flow_run if context else None,
+            flow,
+            run.state.id if run and run.state else None,
             cancel_event_of(task_run),
         )
         with self._lock:
@@ -122,7 +135,12 @@ class Watch:
 
     def heard(self, number: int) -> None:
         self._signal = signal.Signals(number)
+        self._last = time.monotonic(), self._signal
         self._stir()
+
+    def signal_since(self, at: float) -> signal.Signals | None:
+        """The last signal, if it came after this monotonic time."""
+        return self._last[1] if self._last is not None and self._last[0] >= at else None
 
     # --- the runtime's side -----------------------------------------------------------------------------
 
@@ -159,11 +177,10 @@ class Watch:
         elif heard is not None:
             self._cancel(
                 [each for each in watched if each.flow_runs],
-                f"the process was {'interrupted' if heard is signal.SIGINT else 'asked to end'} "
-                f"({heard.name})",
+                reason_of(heard),
             )
         else:
-            self._cancel([w for w in watched if w.flow_has_failed], "the flow run failed")
+            self._cancel([each for each in watched if each.was_abandoned], "the flow run ended")
 
     def _cancel(self, watched: Iterable[_Watched], reason: str) -> None:
         for each in watched:

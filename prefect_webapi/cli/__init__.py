@@ -37,7 +37,7 @@ app.command("prefect_webapi.cli.config:app", name="config", help="Look at the se
 def main() -> None:
     """Run the command line of this process and exit."""
     try:
-        code = app()
+        code = app(sys.argv[1:], result_action="return_value")
     except WebApiError as error:
         print(f"prefect-webapi: {error}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, ConfigurationError) else 1) from None

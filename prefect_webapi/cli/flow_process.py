@@ -41,9 +41,7 @@ async def _run(given: argparse.Namespace) -> int:
     from prefect.flow_engine import run_flow_async
     from prefect.flows import load_flow_from_entrypoint
 
-    flow = cast(
-        "Flow[..., Any]", load_flow_from_entrypoint(given.entrypoint, use_placeholder_flow=False)
-    )
+    flow: Flow[..., Any] = load_flow_from_entrypoint(given.entrypoint, use_placeholder_flow=False)
     async with get_client() as client:
         await _until_healthy(client.api_healthcheck)
         if given.flow_run is None:

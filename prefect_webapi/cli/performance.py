@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import shutil
 import signal
 import tempfile
@@ -15,7 +16,6 @@ from typing import Self
 
 from rich.console import Console
 from rich.live import Live
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -35,12 +35,18 @@ PREFECT_SECONDS = 20.0
 """How long Prefect's server may take to store the last states: it is some seconds behind."""
 _LOOK_SECONDS = 0.4
 _TELL_SECONDS = 2.0
+_WIDE_COLUMNS = 180
+_SHORT = {
+    "WAITING_FOR_RESOURCES": "waits",
+    "SLOT_HELD": "has a place",
+    "RETRYABLE_FAILURE": "failed",
+}
 
 
 def perform(*, keep: bool, kill_after: float | None) -> int:
     """Run it all; the exit code."""
     folder = Path(tempfile.mkdtemp(prefix="prefect-webapi-quickstart-"))
-    console = screen.console()
+    console = screen.console(pipe_columns=_WIDE_COLUMNS)
     code = 1
     try:
         with _ending_on(signal.SIGTERM, signal.SIGHUP), Processes(folder) as processes:
@@ -194,11 +200,12 @@ class Performance:
             flow_state=await stage.flow_run_state(),
             quota=QUOTA,
             was_killed=was_killed,
+            links={job["name"]: job["link"] for job in await stage.ask_job_server("jobs")},
         )
 
     def _tell(self, stage: Stage, seen: Seen) -> None:
         console = self._console
-        console.print(_outcome_table(seen.calls, with_address=not console.is_terminal))
+        console.print(_outcome_table(seen, with_address=console.width >= _WIDE_COLUMNS))
         retried = [call.label for call in seen.calls if len(call.made) > 1]
         requests: Mapping[str, int] = seen.stats["requests"]
         by_op = ", ".join(f"{count} {op}" for op, count in sorted(requests.items()))
@@ -281,40 +288,45 @@ def _phase_now(record: Record, states: Mapping[str, str]) -> str:
     return states.get(record.key, "").upper() or views.last_phase(record)
 
 
-def _outcome_table(calls: Sequence[Call], *, with_address: bool) -> Table:
+def _outcome_table(seen: Seen, *, with_address: bool) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("job", no_wrap=True)
     table.add_column("attempts", justify="right")
     table.add_column("phases, seconds since the call", overflow="fold")
     table.add_column("result or reason", overflow="fold")
-    table.add_column("link", overflow="fold")
-    for call in calls:
+    table.add_column("link", no_wrap=True)
+    for call in seen.calls:
         last = call.last
         if last is None:
             table.add_row(call.label, "0", "", "unknown to the ledger", "")
             continue
         style = views.phase_style(views.last_phase(last))
-        told = views.result_of(last) if views.ended_well(last) else views.why(last)
-        link = views.link_of(last)
-        shown = Text(link) if with_address or not link else Text("page", style=f"link {link}")
+        link = views.link_of(last) or seen.links.get(last.key, "")
         table.add_row(
             Text(call.label, style=style),
             str(len(call.attempts)),
             _phases(call),
-            escape(told),
-            shown,
+            Text(_told(last)),
+            Text(
+                link if with_address or not link else "page", style=f"link {link}" if link else ""
+            ),
         )
     return table
 
 
+def _told(record: Record) -> str:
+    if not views.ended_well(record) or record.details.outputs is None:
+        return views.why(record)
+    return json.dumps(record.details.outputs.value["data"])
+
+
 def _phases(call: Call) -> Text:
     steps = [step for record in call.attempts for step in record.details.steps]
-    if not steps:
-        return Text("")
-    first = steps[0].at
     text = Text()
     for step in steps:
-        seconds = (step.at - first).total_seconds()
-        text.append(f"{step.name} ", style=views.phase_style(step.name))
-        text.append(f"{seconds:.1f}  ")
+        name = _SHORT.get(step.name) or step.name.lower().replace("_", " ")
+        seconds = (step.at - steps[0].at).total_seconds()
+        text.append("" if step is steps[0] else ", ", style="dim")
+        text.append(name, style=views.phase_style(step.name))
+        text.append(f" {seconds:.1f}")
     return text

@@ -14,12 +14,10 @@ from rich.text import Text
 
 __all__ = ["console", "pairs", "say_json", "span", "when"]
 
-_PIPE_COLUMNS = 160
-"""Width of a table that goes to a file or a pipe."""
 
-
-def console() -> Console:
-    return Console(width=shutil.get_terminal_size((_PIPE_COLUMNS, 50)).columns)
+def console(*, pipe_columns: int = 160) -> Console:
+    """As wide as the terminal (or `COLUMNS`); `pipe_columns` where the output goes to a file or a pipe."""
+    return Console(width=shutil.get_terminal_size((pipe_columns, 50)).columns)
 
 
 def say_json(data: Any) -> None:

@@ -12,7 +12,7 @@ import os
 import socket
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -102,15 +102,15 @@ class Stage:
         Raises:
             QuickstartFailed: one of them ended or took too long.
         """
-        for owned, url in (
-            (self._job_server, f"{self.job_server_url}/control/health"),
-            (self._prefect, f"{self._prefect_url}/api/health"),
-        ):
-            await self._until(owned, lambda url=url: _answers(url))
-        await self.flow_begun()
+        job_server, prefect = (
+            f"{self.job_server_url}/control/health",
+            f"{self._prefect_url}/api/health",
+        )
+        await self._until(self._job_server, lambda: _answers(job_server))
+        await self._until(self._prefect, lambda: _answers(prefect))
+        await self._flow_begun()
 
-    async def flow_begun(self) -> None:
-        """Wait until the flow process has its flow run."""
+    async def _flow_begun(self) -> None:
         await self._until(self.flow, lambda: _soon(self.flow_run is not None))
 
     async def run_again(self) -> None:
@@ -120,7 +120,7 @@ class Stage:
             raise QuickstartFailed("there is no flow run yet that could be run again")
         self._note.unlink()
         self.flow = self._start_flow("--flow-run", flow_run)
-        await self.flow_begun()
+        await self._flow_begun()
 
     async def ask_job_server(self, what: str) -> Any:
         """What the job server says of itself: `stats`, `log` or `jobs`."""
@@ -140,13 +140,14 @@ class Stage:
         """An error with the last words of a process."""
         return QuickstartFailed(f"the {owned.name} {what}. Its last words:\n{owned.last_words}")
 
-    async def _until(self, owned: Owned, condition: Any) -> None:
+    async def _until(self, awaited: Owned, condition: Callable[[], Awaitable[bool]]) -> None:
         end = time.monotonic() + READY_SECONDS
         while not await condition():
-            if owned.code is not None:
-                raise self.failure(owned, f"ended with code {owned.code}")
+            for owned in (self._job_server, self._prefect, self.flow):
+                if owned.code is not None:
+                    raise self.failure(owned, f"ended with code {owned.code}")
             if time.monotonic() > end:
-                raise self.failure(owned, f"was not ready within {READY_SECONDS:.0f} s")
+                raise self.failure(awaited, f"was not ready within {READY_SECONDS:.0f} s")
             await asyncio.sleep(0.1)
 
     def _start_flow(self, *more: str) -> Owned:

@@ -77,6 +77,7 @@ class Seen:
         prefect: task run name to the types of its last states (one per execution of the flow run).
         flow_state: name of the flow run's state.
         was_killed: whether the flow process was killed and the flow run run again.
+        links: job key to the address of its page.
     """
 
     calls: Sequence[Call]
@@ -85,6 +86,7 @@ class Seen:
     flow_state: str
     quota: int
     was_killed: bool
+    links: Mapping[str, str]
 
     @property
     def made_twice(self) -> list[str]:

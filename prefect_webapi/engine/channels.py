@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from prefect_webapi.contract.errors import WebApiError
 from prefect_webapi.contract.plugin import AsyncPlugin
 from prefect_webapi.engine.calls import Calls
 from prefect_webapi.engine.services import Services
+from prefect_webapi.ledger.records import JobState
 from prefect_webapi.poller import Observation, Poller, ReadingPolicy
 from prefect_webapi.registry import Loaded
 
@@ -113,7 +114,7 @@ class Channels:
         self._deliver = deliver
         self._channels: dict[tuple[str, str], Channel] = {}
 
-    def __iter__(self) -> Iterable[Channel]:
+    def __iter__(self) -> Iterator[Channel]:
         return iter(list(self._channels.values()))
 
     def of(self, loaded: Loaded) -> Channel:
@@ -167,13 +168,31 @@ class Channels:
         await self._set_quotas(channel)
 
     async def _set_quotas(self, channel: Channel) -> None:
-        wanted = {str(n): limit for n, limit in channel.loaded.config.resource_quotas.items()}
+        wanted = dict(channel.loaded.config.resource_quotas)
+        new: list[str] = []
         for namespace, limit in wanted.items():
             if channel.quotas.get(namespace) != limit:
                 name = limit_name(channel.loaded, namespace)
                 await self._services.store.set_quota(name, limit)
                 await self._services.quotas.configure(name, limit)
+                if namespace not in channel.quotas:
+                    new.append(name)
         channel.quotas = wanted
+        if new and self._services.owns_limits:
+            self._tasks.start_soon(self._repair, new)
+
+    async def _repair(self, names: Sequence[str]) -> None:
+        """Once per limit and process: give back what dead holders have leaked."""
+
+        async def held(name: str) -> int:
+            open_states = [state for state in JobState if state is not JobState.CLOSED]
+            records = await self._services.store.select(states=open_states)
+            return sum(record.weight for record in records if record.quota == name)
+
+        try:
+            await self._services.quotas.repair(names, held)
+        except WebApiError as error:
+            logger.info("leaked slots were not looked for: %s", error)
 
 
 def _key(loaded: Loaded) -> tuple[str, str]:

@@ -20,6 +20,7 @@ from prefect_webapi.engine.request import JobRequest, Outcome
 from prefect_webapi.engine.services import Services
 from prefect_webapi.ledger.records import Details, Lease, Move, MoveResult, Record, Step
 from prefect_webapi.poller import Watched
+from prefect_webapi.quotas import SlotLease
 from prefect_webapi.registry import Loaded
 
 __all__ = ["Call", "Ending", "Job", "persist"]
@@ -119,6 +120,15 @@ class Job:
     @property
     def is_awaited(self) -> bool:
         return any(call.is_waiting for call in self.calls)
+
+    @property
+    def slot(self) -> SlotLease | None:
+        """Its lease as the quotas know it."""
+        return SlotLease(id=self.lease.id, until=self.lease.until) if self.lease else None
+
+    def lend(self, slot: SlotLease) -> None:
+        """The lease that the job has from now on."""
+        self.lease = Lease(id=slot.id, until=slot.until)
 
     def note(self, name: str, at: datetime, reason: str = "") -> None:
         """Add to the history that people see; a phase that repeats is not a new step."""

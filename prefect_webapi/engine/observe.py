@@ -67,6 +67,9 @@ class Observer:
     async def take_in(self, job: Job, observation: Observation) -> None:
         """Do what follows from one read."""
         fault_point("KP-11")
+        self._services.metrics.observe(
+            "poll_lag_seconds", observation.late, plugin=job.record.plugin
+        )
         poller = self._channels.of(job.loaded).poller
         error = observation.error
         if isinstance(error, Throttled):
@@ -94,6 +97,16 @@ class Observer:
             return
         if not over:
             poller.again(observation.watched)
+
+    async def judge_first(self, job: Job, snapshot: Any) -> bool:
+        """As `judge` for what create told; an author's mistake leaves the verdict to the reads that follow."""
+        try:
+            return await self.judge(job, snapshot)
+        except LedgerError:
+            raise
+        except Exception as failure:  # noqa: BLE001 - whatever an author's status raises
+            logger.warning("status of new job %s failed: %r", job.record.key, failure)
+            return False
 
     async def judge(self, job: Job, snapshot: Any) -> bool:
         """Ask `status` and report what changed; whether the job is over (its end is then under way)."""
@@ -166,6 +179,7 @@ class Observer:
         failures = observation.watched.failures + 1
         code = error.code if isinstance(error, RemoteError) else type(error).__name__
         told = error.message if isinstance(error, RemoteError) else str(error)
+        self._services.metrics.count("sync_errors_total", plugin=job.record.plugin)
         logger.debug("read %s of job %s failed: %s", failures, job.record.key, code)
         bound = job.loaded.config.caching.max_system_failures
         if job.record.state is JobState.CANCELLING or failures <= bound:

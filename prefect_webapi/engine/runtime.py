@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -50,6 +50,7 @@ from prefect_webapi.engine.submit import (
     Stuck,
     outcome_unknown,
     submit,
+    without_handle,
 )
 from prefect_webapi.ledger.records import (
     JobState,
@@ -57,7 +58,6 @@ from prefect_webapi.ledger.records import (
     RuntimeRow,
 )
 from prefect_webapi.poller import Observation
-from prefect_webapi.quotas import SlotLease
 from prefect_webapi.registry import Loaded
 
 __all__ = ["Runtime"]
@@ -138,7 +138,9 @@ class Runtime:
     async def _close(self) -> None:
         """Deletes that are a duty already get a moment; everything else stays as the ledger has it."""
         with anyio.move_on_after(CLOSING_SECONDS):
-            while any(job.ending and not job.delete_taken for job in self._jobs.values()):
+            while any(  # noqa: ASYNC110 - bounded by the scope, and only at the very end
+                job.ending and not job.delete_taken for job in self._jobs.values()
+            ):
                 await anyio.sleep(0.05)
 
     def _leave_all(self) -> None:
@@ -279,9 +281,9 @@ class Runtime:
             await step()
         except LedgerConflict:
             calls = [call for call in job.calls if call.is_waiting]
-            if job.lease is not None:
-                self._services.quotas.forget(SlotLease(id=job.lease.id, until=job.lease.until))
-            self._let_go(job, keep_lease=True)
+            if (slot := job.slot) is not None:
+                self._services.quotas.forget(slot)
+            self._let_go(job)
             logger.info("job %s: another process took it over", job.record.key)
             for call in calls:
                 self.admit(call)
@@ -330,7 +332,7 @@ class Runtime:
             JobState.SLOT_REQUESTED,
             JobState.SLOT_HELD,
         )
-        if job.lease is not None and not made:
+        if not made:
             self._adopt_lease(job)
         came_to = await submit(self._services, self._calls, job, unsent=unsent)
         match came_to:
@@ -345,14 +347,19 @@ class Runtime:
                 await self._finish(job, PhaseInfo.undefined(), event=event)
             case Stuck(info=info):
                 self._deliver(job, info)
-                self._let_go(job, keep_lease=True)
+                self._let_go(job)
 
     async def _start(self, job: Job, snapshot: Any) -> None:
         """The job exists: report it, judge what create told, have it read."""
         info = PhaseInfo.queued()
         job.last = info
         job.request.reporter.phase(job.record, info, waiting_for_quota=False)
-        if snapshot is not None and await self._observer.judge(job, snapshot):
+        if snapshot is not None and await self._observer.judge_first(job, snapshot):
+            return
+        if job.handle is None:
+            stuck = await without_handle(self._services, job)
+            self._deliver(job, stuck.info)
+            self._let_go(job)
             return
         if job.ending is not None:
             await self._delete(job)
@@ -372,25 +379,19 @@ class Runtime:
                 f"the stored handle of job {job.record.key} can't be read by this version of plugin "
                 f"{job.record.plugin}: {text}. The job was left alone; end it at the service if it is not wanted"
             ) from error
-        if job.lease is not None:
-            self._adopt_lease(job)
+        self._adopt_lease(job)
 
     def _adopt_lease(self, job: Job) -> None:
-        assert job.lease is not None
-        if job.record.quota is None:
+        """Renew the lease of an earlier process from now on."""
+        slot = job.slot
+        if job.record.quota is None or slot is None:
             return
-        lease = SlotLease(id=job.lease.id, until=job.lease.until)
-
-        def changed(new: SlotLease) -> None:
-            assert job.lease is not None
-            job.lease = job.lease.model_copy(update={"id": new.id, "until": new.until})
-
         self._services.quotas.adopt(
             job.record.quota,
-            lease,
+            slot,
             weight=job.record.weight,
             holder=job.record.task_run,
-            changed=changed,
+            changed=job.lend,
         )
 
     async def _observe(self, seen: MemoryObjectReceiveStream[Observation]) -> None:
@@ -511,19 +512,17 @@ class Runtime:
         await persist(self._services, job, Event.SETTLED)
         fault_point("KP-20")
 
-    def _let_go(self, job: Job, *, keep_lease: bool = False) -> None:
-        """Forget a job in memory. The ledger keeps it."""
+    def _let_go(self, job: Job) -> None:
+        """Forget a job in memory; its place is given back only if it is over. The ledger keeps the rest."""
         self._jobs.pop(job.record.key, None)
         job.stop_timers()
         self._observer.forget(job)
         if job.holds_capacity:
             job.holds_capacity = False
             self._channels.of(job.loaded).capacity.give()
-        if job.record.quota is not None and job.lease is not None and not keep_lease:
-            lease = SlotLease(id=job.lease.id, until=job.lease.until)
-            if job.record.state.is_over:
-                self._services.quotas.release(job.record.quota, lease, weight=job.record.weight)
-                job.lease = None
+        if job.record.quota is not None and job.record.state.is_over:
+            self._services.quotas.release(job.record.quota, job.slot, weight=job.record.weight)
+            job.lease = None
 
     def _deliver(self, job: Job, info: PhaseInfo, value: Any = None) -> None:
         outcome = self._outcome(job.record, job.loaded, info, value, stopped=job.ending is not None)
@@ -571,10 +570,19 @@ class Runtime:
                         self.end(job, Ending(record.cancel_reason))
             except LedgerError as error:
                 logger.warning("the ledger does not answer: %s", error)
+            self._gauge()
             every = self._channels.look_every
             if every is not None and clock.monotonic() >= next_look:
                 next_look = clock.monotonic() + every
                 await self._channels.look_at_blocks()
+
+    def _gauge(self) -> None:
+        """Say how many jobs this process looks after, and how many of them must still be deleted."""
+        tracked = Counter(job.record.plugin for job in self._jobs.values())
+        ending = Counter(job.record.plugin for job in self._jobs.values() if job.ending)
+        for plugin in {channel.loaded.entry.id for channel in self._channels}:
+            self._services.metrics.set("tracked_jobs", tracked[plugin], plugin=plugin)
+            self._services.metrics.set("pending_cancels", ending[plugin], plugin=plugin)
 
 
 def _nothing_sent(state: JobState) -> Event:

@@ -17,7 +17,13 @@ __all__ = ["Services"]
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """One of each per process, all on the runtime's loop. `runtime_id` names this process."""
+    """One of each per process, all on the runtime's loop.
+
+    Attributes:
+        runtime_id: names this process.
+        owns_limits: everybody who uses our quotas' limits shares this ledger, so that slots which it
+            does not know have leaked.
+    """
 
     runtime_id: str
     clock: Clock
@@ -28,3 +34,4 @@ class Services:
     secrets: Secrets
     outputs: OutputStore
     metrics: Metrics
+    owns_limits: bool = False

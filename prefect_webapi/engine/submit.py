@@ -14,6 +14,7 @@ from typing import Any
 from prefect_webapi.contract.errors import (
     AlreadyExists,
     HandleNotStorable,
+    LedgerUnavailable,
     NotFound,
     RemoteError,
     Throttled,
@@ -34,7 +35,7 @@ from prefect_webapi.engine.services import Services
 from prefect_webapi.ledger.records import JobState, Lease
 from prefect_webapi.quotas import SlotLease, Waiting
 
-__all__ = ["Alive", "Answered", "GivenUp", "Refused", "Stuck", "submit"]
+__all__ = ["Alive", "Answered", "GivenUp", "Refused", "Stuck", "submit", "without_handle"]
 
 logger = logging.getLogger(__name__)
 
@@ -142,6 +143,7 @@ async def _take_place(services: Services, job: Job) -> None:
         holder=job.record.task_run,
         admit=admit,
         waiting=waiting,
+        changed=job.lend,
     )
     fault_point("KP-05")
 
@@ -167,7 +169,7 @@ async def _create(services: Services, calls: Calls, job: Job, *, unsent: bool) -
         elif can_find and (promise != "key" or job.ending is not None):
             found = await _find(services, calls, job)
             if found is not None:
-                return await _adopt(services, job, found)
+                return await _adopt(services, calls, job, found)
             unsent = True  # it would be visible by now
     failed = 0
     while True:
@@ -181,7 +183,7 @@ async def _create(services: Services, calls: Calls, job: Job, *, unsent: bool) -
             if can_find:
                 found = await _find(services, calls, job)
                 if found is not None:
-                    return await _adopt(services, job, found)
+                    return await _adopt(services, calls, job, found)
                 return GivenUp()
             # Only the key can tell: the repetition answers with the job, and then it is deleted.
             await calls.permit(loaded, "write")
@@ -234,11 +236,11 @@ async def _create(services: Services, calls: Calls, job: Job, *, unsent: bool) -
                     if verdict.may_exist and can_find and promise != "key":
                         found = await _find(services, calls, job)
                         if found is not None:
-                            return await _adopt(services, job, found)
+                            return await _adopt(services, calls, job, found)
                         unsent = True
         else:
             fault_point("KP-08")
-            return await _adopt(services, job, made)
+            return await _adopt(services, calls, job, made)
 
 
 async def _note_stuck(services: Services, job: Job, info: PhaseInfo) -> None:
@@ -246,17 +248,16 @@ async def _note_stuck(services: Services, job: Job, info: PhaseInfo) -> None:
         await persist(services, job, Event.NO_ANSWER, phase=info, last_error=info.reason)
 
 
-async def _adopt(services: Services, job: Job, made: CreateResult[Any, Any]) -> Submitted:
+async def _adopt(
+    services: Services, calls: Calls, job: Job, made: CreateResult[Any, Any]
+) -> Submitted:
     """Write the handle down before anything else is done with it."""
     if made.fingerprint and not job.record.fingerprint.startswith(made.fingerprint):
         return _conflict(job)
     if made.resource_meta is None:
-        info = PhaseInfo.system_failure(
-            "NoHandle",
-            "create returned None as the handle; return what `get` and `delete` need to name the job",
-        )
-        await _note_stuck(services, job, info)
-        return Stuck(info)
+        if made.resource is not None:
+            return Alive(made.resource)  # a job that is over already needs none
+        return await without_handle(services, job)
     try:
         text = handle_adapter(job.loaded).dump_json(made.resource_meta).decode()
     except ValueError as error:
@@ -265,11 +266,38 @@ async def _adopt(services: Services, job: Job, made: CreateResult[Any, Any]) -> 
         ) from error
     job.handle = made.resource_meta
     job.note("QUEUED", services.clock.now())
-    await persist(
-        services, job, Event.HANDLE_KNOWN, handle=text, created_remotely_at=services.clock.now()
-    )
+    made_at = services.clock.now()
+    try:
+        await persist(services, job, Event.HANDLE_KNOWN, handle=text, created_remotely_at=made_at)
+    except LedgerUnavailable:
+        await _undo(calls, job)
+        raise
     fault_point("KP-09")
     return Alive(made.resource)
+
+
+async def _undo(calls: Calls, job: Job) -> None:
+    """A job that can't be remembered must not run on: it is ended while its handle is known."""
+    try:
+        await calls.permit(job.loaded, "write")
+        await calls.delete(job.loaded, job.handle, "its handle could not be written to the ledger")
+    except RemoteError as error:
+        logger.critical(
+            "job %s runs and could be neither remembered nor ended: handle %s: %s",
+            job.record.key,
+            job.handle,
+            error.message,
+        )
+
+
+async def without_handle(services: Services, job: Job) -> Stuck:
+    """The author gave nothing to read or delete the job with."""
+    info = PhaseInfo.system_failure(
+        "NoHandle",
+        "create returned None as the handle; return what `get` and `delete` need to name the job",
+    )
+    await _note_stuck(services, job, info)
+    return Stuck(info)
 
 
 async def _adopt_existing(
@@ -286,7 +314,9 @@ async def _adopt_existing(
     proven = job.request.caller.idempotency_key is None if theirs is None else True
     if found is None or not proven:
         return _conflict(job)
-    return await _adopt(services, job, CreateResult(found.resource_meta, found.resource, theirs))
+    return await _adopt(
+        services, calls, job, CreateResult(found.resource_meta, found.resource, theirs)
+    )
 
 
 def _conflict(job: Job) -> Refused:

@@ -91,7 +91,7 @@ class Backend:
         """Make the directory of a SQLite file where it is missing.
 
         Raises:
-            LedgerUnavailable: it can't be made.
+            LedgerUnavailable: it can't be made, or is on a disk of another machine.
         """
         if self.path is None:
             return
@@ -102,6 +102,13 @@ class Backend:
                 f"the directory of the ledger at {self.address} can't be made: {exc.strerror}. "
                 "Name a path in PREFECT_INTEGRATIONS_WEBAPI_LEDGER_URL that this user may write."
             ) from exc
+        kind = network_file_system(self.path.parent.resolve(), _mounts())
+        if kind:
+            raise LedgerUnavailable(
+                f"the ledger at {self.address} is on a network file system ({kind}), where SQLite's locks "
+                "and its shared memory can't be trusted. Name a path on a disk of this machine in "
+                "PREFECT_INTEGRATIONS_WEBAPI_LEDGER_URL, or a Postgres for several machines."
+            )
 
     def judge(self, error: Exception) -> Trouble:
         if not isinstance(error, DBAPIError):
@@ -219,6 +226,33 @@ def _sqlite_path(url: URL) -> Path | None:
     if database.startswith("file:"):
         return None
     return Path(database).expanduser().absolute()
+
+
+def network_file_system(directory: Path, mounts: str) -> str | None:
+    """The type of the network file system that `directory` is on; None: it is on none.
+
+    Args:
+        mounts: as in `/proc/mounts`: device, mount point and type in each line, blanks as `\\040`.
+    """
+    nearest, kind = Path(), ""
+    for line in mounts.splitlines():
+        _, point, this_kind, *_ = line.split(" ")
+        path = Path(point.replace("\\040", " "))
+        if directory.is_relative_to(path) and len(path.parts) >= len(nearest.parts):
+            nearest, kind = path, this_kind
+    return kind if kind in _NETWORK_FILE_SYSTEMS else None
+
+
+_NETWORK_FILE_SYSTEMS = frozenset(
+    "afs ceph cifs fuse.ceph fuse.glusterfs fuse.sshfs gpfs lustre nfs nfs4 smb3 smbfs".split()  # noqa: SIM905
+)
+
+
+def _mounts() -> str:
+    try:
+        return Path("/proc/mounts").read_text()
+    except OSError:  # not Linux: nobody to ask
+        return ""
 
 
 def _prepare_sqlite(connection: Any, _record: Any) -> None:

@@ -157,9 +157,14 @@ async def test_many_processes_may_set_the_same_limit_at_once(
     slots: PrefectSlots, name: str
 ) -> None:
     """CASE-130: reading and creating it is not one step at the server."""
+
+    async def one_process() -> None:
+        async with PrefectSlots(Clock()) as own:
+            await own.ensure(name, 7)
+
     async with anyio.create_task_group() as group:
         for _ in range(4):
-            group.start_soon(PrefectSlots(Clock()).ensure, name, 7)
+            group.start_soon(one_process)
     assert await slots.active(name) == 0
 
 

@@ -75,15 +75,18 @@ def test_unequal_names_that_had_to_be_changed_stay_unequal(
 
 @pytest.mark.parametrize("bounds", [(1, 25), (0, 0), (40, 30)])
 def test_bounds_that_could_make_names_collide_are_refused(bounds: tuple[int, int]) -> None:
-    with pytest.raises(ValueError, match="max_length|min_length"):
+    with pytest.raises(ValueError, match=r"max_length|min_length"):
         fit_name("name", *bounds)
 
 
 def test_very_many_names_do_not_collide() -> None:
-    """CASE-062: 200,000 names that differ only where they are cut, in the narrowest bounds."""
+    """CASE-062: names that differ only where they are cut; the hash keeps 129 bits of each.
+
+    A million take a minute, so there are fewer.
+    """
     stem = "a-name-that-is-longer-than-what-is-left-of-it-" * 2
-    assert len({fit_name(f"{stem}{n}", 8, 64) for n in range(100_000)}) == 100_000
-    assert len({fit_name(f"{stem}{n}", 1, 26) for n in range(100_000)}) == 100_000
+    assert len({fit_name(f"{stem}{n}", 8, 64) for n in range(40_000)}) == 40_000
+    assert len({fit_name(f"{stem}{n}", 1, 26) for n in range(40_000)}) == 40_000
 
 
 def test_keys_of_all_attempts_and_ordinals_differ() -> None:
@@ -122,7 +125,7 @@ class Inner(BaseModel):
 class Spec(BaseModel):
     text: str = "ünïcode 🚀"
     inner: Inner = Inner()
-    point: Point = Point(1, "here")  # noqa: RUF009  pydantic copies defaults
+    point: Point = Point(1, "here")
     at: datetime = datetime(2030, 1, 2, 3, 4, 5, 6, tzinfo=UTC)
     day: date = date(2030, 1, 2)
     span: timedelta = timedelta(seconds=1.5)

@@ -3,57 +3,54 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
-from pydantic import HttpUrl, SecretStr
 
-from prefect_webapi import EngineSettings, Phase, PluginConfig
-from prefect_webapi.engine.host import Host
-from prefect_webapi.engine.request import Outcome, Overrides
+from prefect_webapi import (
+    BadTaskSpecification,
+    CreateResult,
+    Phase,
+    TaskExecutionContextReader,
+    path,
+)
+from prefect_webapi.engine.host import Host, Ticket
+from prefect_webapi.engine.request import Overrides
+from prefect_webapi.ledger.records import Draft, Drawn, Move, MoveResult
+from prefect_webapi.ledger.sql import SqlStore
 from prefect_webapi.testing import EmbeddedJobServer
-from prefect_webapi_jobserver import JobServer, ReportJob
-from tests.support.engine import Told, engine, request
-from tests.support.jobserver import TOKEN
-from tests.support.plugins import ALL
+from prefect_webapi_jobserver import ReportJob
+from prefect_webapi_jobserver.models import JobHandle, JobView
+from tests.support.engine import Told, at, request, run
+from tests.support.plugins import SinglePlugin, entry
 from tests.support.waiting import eventually
 
-QUICK = {
-    "initialInterval": "50ms",
-    "retryBase": "20ms",
-    "retryCap": "100ms",
-    "visibilityDelay": "300ms",
-}
+
+class SnapshotPlugin(SinglePlugin):
+    """Create's answer is the first snapshot; `kind` says what the author does with the handle."""
+
+    async def create(  # pyright: ignore[reportIncompatibleMethodOverride] - the contract allows more than the skeleton uses
+        self, ctx: TaskExecutionContextReader
+    ) -> CreateResult[JobHandle | None, JobView] | None:
+        job = ctx.task_execution_metadata
+        spec = ctx.spec(ReportJob)
+        if spec.day < 0:
+            raise BadTaskSpecification(f"day is {spec.day}; no report has a day below 0")
+        body = {"spec": spec.model_dump(mode="json"), "fingerprint": job.fingerprint}
+        made = JobView.model_validate(
+            await self._api.put(path("jobs", job.generated_name), json=body)
+        )
+        match spec.kind:
+            case "nothing":
+                return None
+            case "no handle":
+                return CreateResult(None, made)
+            case _:
+                return CreateResult(JobHandle(name=made.name), made)
 
 
-def block(
-    server: EmbeddedJobServer, config: dict[str, Any] | None = None, **settings: Any
-) -> JobServer:
-    """A connection to the job server that reads often and repeats soon."""
-    return JobServer(
-        base_url=HttpUrl(server.url),
-        token=SecretStr(TOKEN),
-        engine=PluginConfig.load(
-            {
-                "readRateLimiter": {"qps": 1000, "burst": 1000},
-                "writeRateLimiter": {"qps": 1000, "burst": 1000},
-                **(config or {}),
-            }
-        ),
-        settings=EngineSettings.load({**QUICK, **settings}),
-    )
-
-
-def at(
-    folder: Path, server: EmbeddedJobServer, config: dict[str, Any] | None = None, **settings: Any
-) -> AbstractContextManager[Host]:
-    return engine(folder, ALL, {"default": block(server, config, **settings)})
-
-
-async def run(host: Host, spec: ReportJob, task_type: str = "keys", **call: Any) -> Outcome:
-    return await host.admit(request(spec, task_type=task_type, **call)).outcome()
+SNAPSHOT = entry(SnapshotPlugin, "snapshot")
 
 
 async def test_a_healthy_service_gets_one_create_with_the_generated_name(
@@ -334,3 +331,148 @@ async def test_only_what_surely_made_nothing_is_repeated(
     assert outcome.info.err is not None
     assert outcome.info.err.code == "CreateOutcomeUnknown"
     assert len(job_server.log("create")) == 1
+
+
+async def test_a_job_that_is_over_when_create_answers_is_never_read(
+    job_server: EmbeddedJobServer, tmp_path: Path
+) -> None:
+    """CASE-051, REQ-30."""
+    with at(tmp_path, job_server, entries=[SNAPSHOT]) as host:
+        outcome = await run(host, ReportJob(seconds=0, result=[1, 2]), "snapshot")
+    assert outcome.info.phase is Phase.SUCCESS
+    assert outcome.value.data == [1, 2]
+    assert [entry.op for entry in job_server.log()] == ["create"]
+
+
+async def test_a_job_that_has_failed_when_create_answers_is_neither_read_nor_deleted(
+    job_server: EmbeddedJobServer, tmp_path: Path
+) -> None:
+    """CASE-052."""
+    spec = ReportJob(seconds=0, outcome="fail", message="no figures")
+    with at(tmp_path, job_server, entries=[SNAPSHOT]) as host:
+        outcome = await run(host, spec, "snapshot")
+    assert outcome.info.phase.is_failure
+    assert outcome.info.kind == "user"
+    assert outcome.info.reason == "no figures"
+    assert [entry.op for entry in job_server.log()] == ["create"]
+
+
+async def test_what_create_tells_is_shown_before_the_first_read(
+    job_server: EmbeddedJobServer, tmp_path: Path
+) -> None:
+    """CASE-053."""
+    told = Told()
+    with at(tmp_path, job_server, entries=[SNAPSHOT]) as host:
+        outcome = await run(host, ReportJob(seconds=0.1), "snapshot", reporter=told)
+    assert outcome.info.phase is Phase.SUCCESS
+    shown = told.times[told.names.index("RUNNING")]
+    assert shown < job_server.log("get")[0].mono
+
+
+@pytest.mark.parametrize("kind", ["nothing", "no handle"])
+async def test_an_author_who_returns_no_handle_is_told_what_is_wanted(
+    job_server: EmbeddedJobServer, tmp_path: Path, kind: str
+) -> None:
+    """CASE-054, REQ-29."""
+    with at(tmp_path, job_server, entries=[SNAPSHOT]) as host:
+        outcome = await run(host, ReportJob(seconds=30, kind=kind), "snapshot")
+    assert outcome.info.phase is Phase.PERMANENT_FAILURE
+    assert outcome.info.kind == "system"
+    assert "return what `get` and `delete` need" in outcome.info.reason
+    assert len(job_server.log("create")) == 1
+
+
+async def test_a_job_that_is_over_needs_no_handle(
+    job_server: EmbeddedJobServer, tmp_path: Path
+) -> None:
+    """REQ-29: nothing would ever be read or deleted with it."""
+    spec = ReportJob(seconds=0, kind="no handle", result="done")
+    with at(tmp_path, job_server, entries=[SNAPSHOT]) as host:
+        outcome = await run(host, spec, "snapshot")
+        again = await run(host, spec, "snapshot", execution="2")
+    assert outcome.info.phase is Phase.SUCCESS
+    assert [outcome.value.data, again.value.data] == ["done", "done"]
+    assert [entry.op for entry in job_server.log()] == ["create"]
+
+
+async def test_a_spec_that_the_author_refuses_costs_no_request(
+    job_server: EmbeddedJobServer, tmp_path: Path
+) -> None:
+    """CASE-068."""
+    with at(tmp_path, job_server, entries=[SNAPSHOT]) as host:
+        outcome = await run(host, ReportJob(day=-1), "snapshot", max_attempts=3)
+    assert outcome.info.phase is Phase.PERMANENT_FAILURE
+    assert outcome.info.err is not None
+    assert (outcome.info.err.kind, outcome.info.err.code) == ("user", "BadTaskSpecification")
+    assert "no report has a day below 0" in outcome.info.err.message
+    assert not job_server.log()
+
+
+async def test_two_hundred_calls_stay_two_hundred_jobs_when_the_run_starts_again(
+    job_server: EmbeddedJobServer, tmp_path: Path
+) -> None:
+    """CASE-060: equal and unequal calls; the first process leaves in the middle."""
+    specs = [ReportJob(seconds=0.5, day=n if n < 150 else -1, result=n) for n in range(150)]
+    specs += [ReportJob(seconds=0.5, day=-1)] * 50
+
+    def calls(host: Host, execution: str) -> list[Ticket]:
+        return [
+            host.admit(
+                request(spec, task_type="keys", execution=execution, task_run=f"{execution}/{n}")
+            )
+            for n, spec in enumerate(specs)
+        ]
+
+    with at(tmp_path, job_server) as host:
+        calls(host, "1")
+        await eventually(lambda: job_server.stats().created >= 100, within=20)
+    with at(tmp_path, job_server) as host:
+        outcomes = await asyncio.gather(*(ticket.outcome() for ticket in calls(host, "2")))
+    assert all(outcome.info.phase is Phase.SUCCESS for outcome in outcomes)
+    assert [outcome.value.data for outcome in outcomes[:150]] == list(range(150))
+    assert job_server.stats().created == 200
+    assert not job_server.stats().duplicates
+
+
+class CountingStore(SqlStore):
+    """Counts the writes about jobs."""
+
+    writes = 0
+
+    async def intent(self, draft: Draft) -> Drawn:
+        CountingStore.writes += 1
+        return await super().intent(draft)
+
+    async def move(self, move: Move) -> MoveResult:
+        CountingStore.writes += 1
+        return await super().move(move)
+
+
+class WritesPlugin(SinglePlugin):
+    """Notes how many writes there were before create."""
+
+    seen: ClassVar[list[int]] = []
+
+    async def create(self, ctx: TaskExecutionContextReader) -> JobHandle:
+        self.seen.append(CountingStore.writes)
+        return await super().create(ctx)
+
+
+@pytest.mark.parametrize(("quotas", "before", "most"), [({}, 1, 4), ({"default": 1}, 2, 5)])
+async def test_a_create_waits_for_one_write_or_two(
+    job_server: EmbeddedJobServer,
+    tmp_path: Path,
+    quotas: dict[str, int],
+    before: int,
+    most: int,
+) -> None:
+    """CASE-067, REQ-28: in all a job costs four writes, five with a quota. The time is measured in `benchmarks/`."""
+    CountingStore.writes = 0
+    WritesPlugin.seen.clear()
+    config = {"resourceQuotas": quotas}
+    entries = [entry(WritesPlugin, "writes")]
+    with at(tmp_path, job_server, config, entries=entries, store=CountingStore) as host:
+        outcome = await run(host, ReportJob(seconds=0.1), "writes")
+    assert outcome.info.phase is Phase.SUCCESS
+    assert WritesPlugin.seen == [before]
+    assert CountingStore.writes <= most

@@ -20,7 +20,7 @@ from prefect_webapi.contract.errors import (
     LedgerUnavailable,
 )
 from prefect_webapi.ledger import schema
-from prefect_webapi.ledger.backend import Backend
+from prefect_webapi.ledger.backend import Backend, network_file_system
 from prefect_webapi.ledger.records import JobState
 from prefect_webapi.ledger.sql import SqlStore
 from tests.ledger.processes import finished, start_worker
@@ -213,6 +213,24 @@ async def test_a_ledger_that_may_only_be_read_is_refused(tmp_path: Path) -> None
         pass
     told = await refused(f"sqlite:///file:{path}?mode=ro&uri=true")
     assert "Let this user write the file" in told
+
+
+@pytest.mark.parametrize(
+    ("directory", "kind"),
+    [
+        ("/home/someone/.prefect", "nfs4"),
+        ("/home/local/x", None),
+        ("/mnt/my share", "cifs"),
+        ("/mnt/my", None),
+        ("/", None),
+    ],
+)
+def test_a_ledger_on_a_network_file_system_is_recognised(directory: str, kind: str | None) -> None:
+    mounts = (
+        "/dev/vda / ext4 rw 0 0\nserver:/home /home nfs4 rw 0 0\n"
+        "/dev/vdb /home/local ext4 rw 0 0\n//nas/x /mnt/my\\040share cifs rw 0 0\n"
+    )
+    assert network_file_system(Path(directory), mounts) == kind
 
 
 async def test_a_server_that_can_not_be_reached_is_told_without_the_password() -> None:

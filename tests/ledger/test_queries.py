@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 from prefect_webapi.contract.keys import JobKey
 from prefect_webapi.ledger.records import JobState, Move, MoveResult, RuntimeRow
@@ -26,7 +27,7 @@ async def test_records_are_selected_by_all_that_is_given(store: SqlStore) -> Non
     everything = await store.select()
     assert len(everything) == 4
 
-    async def found(**what: str) -> list[int]:
+    async def found(**what: Any) -> list[int]:
         return [everything.index(r) for r in await store.select(**what)]
 
     assert await found(root_run="r1") == [0, 1]
@@ -97,7 +98,7 @@ async def test_processes_that_beat_are_known_until_they_say_farewell(store: SqlS
 # --- pruning ---------------------------------------------------------------------------------
 
 
-async def closed(store: SqlStore, call: str, at: datetime, **changes: object) -> JobKey:
+async def closed(store: SqlStore, call: str, at: datetime, **changes: Any) -> JobKey:
     record = (await store.intent(draft_for(call, **changes))).record
     move = Move(old=record, state=JobState.CLOSED, at=at)
     assert await store.move(move) is MoveResult.OK

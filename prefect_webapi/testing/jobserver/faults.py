@@ -9,7 +9,7 @@ import time
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from typing import Any, Literal
-from urllib.parse import unquote
+from urllib.parse import unquote, unquote_plus
 
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -171,7 +171,7 @@ class FaultyService:
             op=op,
             method=scope["method"],
             path=scope["path"],
-            query=unquote(scope["query_string"].decode()),
+            query=unquote_plus(scope["query_string"].decode()),
             name=_name_of(scope) if len(parts) > 1 else "",
             key=_key_of(data),
             body=data,

@@ -1,0 +1,199 @@
+"""A process of its own that runs jobs through the engine, to be killed, stopped or outlived.
+
+Processes are forked from one that has everything imported, so that dozens of them can die in a minute.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Literal
+
+from prefect_webapi.contract.keys import JobKey
+from prefect_webapi.engine.faults import fault_point
+from prefect_webapi.engine.host import Host
+from prefect_webapi.engine.request import Outcome
+from prefect_webapi.testing.run import die_at
+from prefect_webapi_jobserver import ReportJob
+from tests.support.engine import FolderOutputs, Told, at, request
+from tests.support.waiting import eventually
+
+__all__ = ["Child", "Told", "Work", "child", "end_of"]
+
+_nursery = multiprocessing.get_context("forkserver")
+_nursery.set_forkserver_preload(["tests.support.engine_child"])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class End:
+    """What a call came to, as data that may leave the process."""
+
+    nth: int
+    job_key: str
+    phase: str
+    code: str | None
+    reason: str
+    data: Any
+    stopped_by_us: bool
+
+
+def end_of(nth: int, outcome: Outcome) -> End:
+    info, value = outcome.info, outcome.value
+    return End(
+        nth=nth,
+        job_key=outcome.job_key,
+        phase=info.phase.name,
+        code=info.err.code if info.err else None,
+        reason=info.reason,
+        data=value.data if value is not None else None,
+        stopped_by_us=outcome.stopped_by_us,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What a process shall do: one call per spec, all at once.
+
+    Attributes:
+        folder: where the ledger is; server: URL of the job server.
+        config, settings: as `at` takes them.
+        cancel: cancel each call as soon as its reporter was told of this phase.
+        max_attempts: a failure that may be retried is tried again, as Prefect does.
+        die_at: `KP-nn[:n]`.
+    """
+
+    folder: Path
+    server: str
+    specs: tuple[ReportJob, ...]
+    task_type: str = "keys"
+    execution: str = "execution-1"
+    config: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    speed: float = 1.0
+    epoch: float | None = None
+    cancel: Literal["QUEUED", "WAITING_FOR_RESOURCES"] | None = None
+    max_attempts: int = 1
+    die_at: str | None = None
+
+
+class HalvedOutputs(FolderOutputs):
+    """Writes a result in two parts, and may die in between."""
+
+    async def write(self, key: JobKey, data: bytes) -> str:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"{key}.json"
+        path.write_bytes(data[: len(data) // 2])
+        fault_point("KP-15")
+        return await super().write(key, data)
+
+
+async def carry_out(work: Work, host: Host, nth: int) -> End:
+    """One call with its retries."""
+    for attempt in range(1, work.max_attempts + 1):
+        told = Told()
+        ticket = host.admit(
+            request(
+                work.specs[nth],
+                task_type=work.task_type,
+                execution=work.execution,
+                task_run=f"{work.execution}/{nth}",
+                attempt=attempt,
+                max_attempts=work.max_attempts,
+                reporter=told,
+            )
+        )
+        if work.cancel is not None:
+            with suppress(AssertionError):  # it may be over before
+                await eventually(lambda told=told: work.cancel in told.names, within=5)
+            ticket.cancel("enough")
+        outcome = await ticket.outcome()
+        if not outcome.info.may_retry:
+            return end_of(nth, outcome)
+    return end_of(nth, outcome)
+
+
+@contextmanager
+def hosted(work: Work) -> Iterator[Host]:
+    """An engine as `work` wants it."""
+    outputs = HalvedOutputs(work.folder / "outputs")
+    with at(
+        work.folder,
+        work.server,
+        dict(work.config),
+        speed=work.speed,
+        epoch=work.epoch,
+        outputs=outputs,
+        **work.settings,
+    ) as host:
+        yield host
+
+
+def _live(sender: Connection, work: Work) -> None:
+    if work.die_at is not None:
+        die_at(work.die_at)
+
+    async def one(host: Host, nth: int) -> None:
+        sender.send(await carry_out(work, host, nth))
+
+    async def everything(host: Host) -> None:
+        await asyncio.gather(*(one(host, nth) for nth in range(len(work.specs))))
+
+    with hosted(work) as host:
+        asyncio.run(everything(host))
+    sender.close()
+
+
+class Child:
+    """A running process. `ends()` waits for its last word."""
+
+    def __init__(self, work: Work) -> None:
+        self._receiver, sender = _nursery.Pipe(duplex=False)
+        self._process = _nursery.Process(target=_live, args=(sender, work))
+        self._process.start()
+        sender.close()
+
+    @property
+    def pid(self) -> int:
+        assert self._process.pid is not None
+        return self._process.pid
+
+    def signal(self, number: signal.Signals) -> None:
+        os.kill(self.pid, number)
+
+    def ends(self, *, within: float = 30.0) -> list[End]:
+        """The outcomes that it told before it ended, by whatever cause."""
+        told: list[End] = []
+        with suppress(EOFError):
+            while self._receiver.poll(within):
+                told.append(self._receiver.recv())
+        self._process.join(within)
+        return sorted(told, key=lambda end: end.nth)
+
+    @property
+    def code(self) -> int | None:
+        """Exit code; negative: the signal that killed it."""
+        return self._process.exitcode
+
+    def close(self) -> None:
+        if self._process.is_alive():
+            self._process.kill()
+        self._process.join()
+        self._process.close()
+        self._receiver.close()
+
+
+@contextmanager
+def child(work: Work) -> Iterator[Child]:
+    """Start a process; it is gone at the end of the block."""
+    started = Child(work)
+    try:
+        yield started
+    finally:
+        started.close()
