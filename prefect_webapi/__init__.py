@@ -21,30 +21,47 @@ if TYPE_CHECKING:
     from prefect_webapi.contract.contexts import (
         DeleteContext,
         GetContext,
+        InputReader,
         MetricsScope,
+        OutputWriter,
         PluginSetupContext,
+        SecretManager,
         StatusContext,
         TaskExecutionContext,
         TaskExecutionContextReader,
+        TaskReader,
     )
     from prefect_webapi.contract.duration import GoDuration
     from prefect_webapi.contract.errors import (
         AlreadyExists,
+        AmbiguousPlugin,
         AuthError,
         BadTaskSpecification,
         ConfigurationError,
+        DuplicatePlugin,
+        EngineClosed,
+        HandleNotStorable,
         JobFailed,
+        LedgerConflict,
         LedgerError,
+        LedgerFormatTooNew,
+        LedgerUnavailable,
         NotFound,
         OutcomeUnknown,
+        PluginDisabled,
+        QuotaNotConfigured,
         RemoteError,
         RemoteSystemError,
         RemoteUserError,
+        SecretNotFound,
         Throttled,
+        UnknownTaskType,
         WebApiError,
     )
+    from prefect_webapi.contract.faults import InvalidConfiguration
     from prefect_webapi.contract.flags import FlagSet
     from prefect_webapi.contract.phase import (
+        ErrorKind,
         ExecutionError,
         ExternalResource,
         Phase,
@@ -56,23 +73,36 @@ if TYPE_CHECKING:
     from prefect_webapi.contract.plugin import (
         AsyncPlugin,
         CreateResult,
+        Guarantee,
+        Plugin,
         PluginEntry,
+        PluginLoader,
         SyncPlugin,
     )
     from prefect_webapi.contract.task import (
         JobSpec,
         ResourceConstraintsSpec,
+        ResourceNamespace,
         ResourceRequirements,
         TaskExecutionMetadata,
         TaskTemplate,
     )
     from prefect_webapi.http import Answer, RemoteClient, classify, path
-    from prefect_webapi.registry import register
-    from prefect_webapi.tasks import RemoteTask, run_key, sync_task_for, task_for, webapi_task
+    from prefect_webapi.registry import Registry, default_registry, register
+    from prefect_webapi.tasks import (
+        JobOptions,
+        RemoteTask,
+        TaskOptions,
+        run_key,
+        sync_task_for,
+        task_for,
+        webapi_task,
+    )
 
 __all__ = [
     "DEFAULT_PLUGIN_CONFIG",
     "AlreadyExists",
+    "AmbiguousPlugin",
     "Answer",
     "AsyncPlugin",
     "AuthError",
@@ -81,33 +111,53 @@ __all__ = [
     "ConfigurationError",
     "CreateResult",
     "DeleteContext",
+    "DuplicatePlugin",
+    "EngineClosed",
     "EngineSettings",
+    "ErrorKind",
     "ExecutionError",
     "ExternalResource",
     "FlagSet",
     "GetContext",
     "GoDuration",
+    "Guarantee",
+    "HandleNotStorable",
+    "InputReader",
+    "InvalidConfiguration",
     "JobFailed",
+    "JobOptions",
     "JobSpec",
+    "LedgerConflict",
     "LedgerError",
+    "LedgerFormatTooNew",
+    "LedgerUnavailable",
     "MetricsScope",
     "NotFound",
     "OutcomeUnknown",
+    "OutputWriter",
     "Phase",
     "PhaseInfo",
+    "Plugin",
     "PluginConfig",
+    "PluginDisabled",
     "PluginEntry",
+    "PluginLoader",
     "PluginSetupContext",
+    "QuotaNotConfigured",
     "RateLimiterConfig",
     "ReasonInfo",
+    "Registry",
     "RemoteClient",
     "RemoteError",
     "RemoteSystemError",
     "RemoteTask",
     "RemoteUserError",
     "ResourceConstraintsSpec",
+    "ResourceNamespace",
     "ResourceQuotas",
     "ResourceRequirements",
+    "SecretManager",
+    "SecretNotFound",
     "StatusContext",
     "SyncPlugin",
     "TaskExecutionContext",
@@ -115,10 +165,14 @@ __all__ = [
     "TaskExecutionMetadata",
     "TaskInfo",
     "TaskLog",
+    "TaskOptions",
+    "TaskReader",
     "TaskTemplate",
     "Throttled",
+    "UnknownTaskType",
     "WebApiError",
     "classify",
+    "default_registry",
     "path",
     "register",
     "run_key",
@@ -130,28 +184,39 @@ __all__ = [
 _CONTRACT = "prefect_webapi.contract"
 _HOMES = {
     f"{_CONTRACT}.config": (
-        "DEFAULT_PLUGIN_CONFIG CachingConfig EngineSettings PluginConfig RateLimiterConfig ResourceQuotas"
+        "DEFAULT_PLUGIN_CONFIG CachingConfig EngineSettings PluginConfig "
+        "RateLimiterConfig ResourceQuotas"
     ),
     f"{_CONTRACT}.contexts": (
-        "DeleteContext GetContext MetricsScope PluginSetupContext StatusContext TaskExecutionContext "
-        "TaskExecutionContextReader"
+        "DeleteContext GetContext InputReader MetricsScope OutputWriter "
+        "PluginSetupContext SecretManager StatusContext TaskExecutionContext "
+        "TaskExecutionContextReader TaskReader"
     ),
     f"{_CONTRACT}.duration": "GoDuration",
     f"{_CONTRACT}.errors": (
-        "AlreadyExists AuthError BadTaskSpecification ConfigurationError JobFailed LedgerError NotFound "
-        "OutcomeUnknown RemoteError RemoteSystemError RemoteUserError Throttled WebApiError"
+        "AlreadyExists AmbiguousPlugin AuthError BadTaskSpecification ConfigurationError "
+        "DuplicatePlugin EngineClosed HandleNotStorable JobFailed LedgerConflict "
+        "LedgerError LedgerFormatTooNew LedgerUnavailable NotFound OutcomeUnknown "
+        "PluginDisabled QuotaNotConfigured RemoteError RemoteSystemError RemoteUserError "
+        "SecretNotFound Throttled UnknownTaskType WebApiError"
     ),
+    f"{_CONTRACT}.faults": "InvalidConfiguration",
     f"{_CONTRACT}.flags": "FlagSet",
     f"{_CONTRACT}.phase": (
-        "ExecutionError ExternalResource Phase PhaseInfo ReasonInfo TaskInfo TaskLog"
+        "ErrorKind ExecutionError ExternalResource Phase PhaseInfo ReasonInfo TaskInfo TaskLog"
     ),
-    f"{_CONTRACT}.plugin": "AsyncPlugin CreateResult PluginEntry SyncPlugin",
+    f"{_CONTRACT}.plugin": (
+        "AsyncPlugin CreateResult Guarantee Plugin PluginEntry PluginLoader SyncPlugin"
+    ),
     f"{_CONTRACT}.task": (
-        "JobSpec ResourceConstraintsSpec ResourceRequirements TaskExecutionMetadata TaskTemplate"
+        "JobSpec ResourceConstraintsSpec ResourceNamespace ResourceRequirements "
+        "TaskExecutionMetadata TaskTemplate"
     ),
     "prefect_webapi.http": "Answer RemoteClient classify path",
-    "prefect_webapi.registry": "register",
-    "prefect_webapi.tasks": "RemoteTask run_key sync_task_for task_for webapi_task",
+    "prefect_webapi.registry": "Registry default_registry register",
+    "prefect_webapi.tasks": (
+        "JobOptions RemoteTask TaskOptions run_key sync_task_for task_for webapi_task"
+    ),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
 

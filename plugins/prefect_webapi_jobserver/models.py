@@ -23,6 +23,7 @@ class ReportJob(JobSpec[Report]):
         outcome: ``fail-first``: the first of equal jobs fails, the next one succeeds; ``vanish``: the server forgets
             the job at its end; ``never``: it runs until it is cancelled.
         result: what the report shall say.
+        quota: the quota of the connection's block that the job counts against.
         dies_in: how long a cancelled job goes on.
         hidden_for: how long a new job can't be read.
     """
@@ -35,6 +36,7 @@ class ReportJob(JobSpec[Report]):
     outcome: Literal["succeed", "fail", "fail-first", "vanish", "never"] = "succeed"
     message: str = ""
     result: Any = None
+    quota: str = "default"
     dies_in: float = Field(default=0.0, ge=0)
     hidden_for: float = Field(default=0.0, ge=0)
 

@@ -2,16 +2,20 @@
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 from prefect_webapi import (
     AsyncPlugin,
     CreateResult,
     DeleteContext,
     GetContext,
+    NotFound,
     PhaseInfo,
     PluginConfig,
     RemoteClient,
+    RemoteSystemError,
     RemoteUserError,
+    ResourceRequirements,
     StatusContext,
     TaskExecutionContextReader,
     TaskInfo,
@@ -48,6 +52,9 @@ class JobServerPlugin(AsyncPlugin[JobHandle, JobView]):
     def get_config(self) -> PluginConfig:
         return self._connection.engine
 
+    async def resource_requirements(self, ctx: TaskExecutionContextReader) -> ResourceRequirements:
+        return ResourceRequirements(namespace=ctx.spec(ReportJob).quota)
+
     async def create(self, ctx: TaskExecutionContextReader) -> JobHandle:
         job = ctx.task_execution_metadata
         body = {
@@ -62,17 +69,27 @@ class JobServerPlugin(AsyncPlugin[JobHandle, JobView]):
         self, ctx: TaskExecutionContextReader
     ) -> CreateResult[JobHandle, JobView] | None:
         name = ctx.task_execution_metadata.generated_name
-        job = JobView.model_validate(await self._api.get(path("jobs", name)))
+        try:
+            job = JobView.model_validate(await self._api.get(path("jobs", name)))
+        except NotFound:
+            return None
         return CreateResult(JobHandle(name=job.name), job, job.fingerprint or None)
 
     async def get(self, ctx: GetContext[JobHandle]) -> JobView:
         return JobView.model_validate(await self._api.get(path("jobs", ctx.resource_meta.name)))
 
-    async def get_many(self, ctxs: Sequence[GetContext[JobHandle]]) -> Sequence[JobView | None]:
+    async def get_many(
+        self, ctxs: Sequence[GetContext[JobHandle]]
+    ) -> Sequence[JobView | RemoteSystemError | None]:
         names = [ctx.resource_meta.name for ctx in ctxs]
-        found = await self._api.get("/jobs", params={"names": ",".join(names)})
-        jobs = {job.name: job for job in map(JobView.model_validate, found)}
-        return [jobs.get(name) for name in names]
+        rows = await self._api.get("/jobs", params={"names": ",".join(names)})
+        read = {row["name"]: self._row(row) for row in rows}
+        return [read.get(name) for name in names]  # None: not mentioned
+
+    def _row(self, row: dict[str, Any]) -> JobView | RemoteSystemError:
+        if "error" in row:
+            return RemoteSystemError(row["error"])
+        return JobView.model_validate(row)
 
     async def delete(self, ctx: DeleteContext[JobHandle]) -> None:
         try:

@@ -14,9 +14,6 @@ from prefect_webapi.ledger.records import JobState
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from rich.console import RenderableType
-
-    from prefect_webapi.cli.views import Attempt
     from prefect_webapi.ledger.records import Record
     from prefect_webapi.ledger.store import Store
 
@@ -84,13 +81,8 @@ async def show(
     if json:
         screen.say_json(views.job_data(record, attempts))
     else:
-        screen.console().print(*_page(record, attempts), sep="\n")
-
-
-def _page(record: Record, attempts: Sequence[Attempt]) -> list[RenderableType]:
-    from prefect_webapi.cli import views
-
-    return [views.job_page(record, attempts), "", views.step_table(record)]
+        page, steps = views.job_page(record, attempts), views.step_table(record)
+        screen.console().print(page, "", steps, sep="\n")
 
 
 async def _select(

@@ -132,6 +132,7 @@ class Performance:
         return time.monotonic() - self._began
 
     async def _kill_and_run_again(self, stage: Stage, seconds: float) -> None:
+        await self._watch(stage, FLOW_SECONDS, until_first_job=True)
         await self._watch(stage, seconds)
         if stage.flow.code is not None:
             self._console.print("The flow was over before it could be killed.", style="yellow")
@@ -139,7 +140,7 @@ class Performance:
         await asyncio.to_thread(stage.flow.kill)
         stats = await stage.ask_job_server("stats")
         self._console.print(
-            f"Killed the flow process after {seconds:g} s of the flow: {stats['created']} jobs had been made, "
+            f"Killed the flow process, {seconds:g} s after its first job: {stats['created']} jobs had been made, "
             f"{stats['live']} of them are alive at the job server. Now the same flow run again, in a new process."
         )
         with self._console.status("Starting the second flow process …"):
@@ -147,7 +148,7 @@ class Performance:
 
     # --- while it runs -----------------------------------------------------------------------
 
-    async def _watch(self, stage: Stage, seconds: float) -> None:
+    async def _watch(self, stage: Stage, seconds: float, *, until_first_job: bool = False) -> None:
         """Show the jobs until the flow process has ended, or for so many seconds."""
         end = time.monotonic() + seconds
         told_at, told = 0.0, ""
@@ -160,6 +161,8 @@ class Performance:
                 elif counts != told and time.monotonic() - told_at >= _TELL_SECONDS:
                     told_at, told = time.monotonic(), counts
                     self._console.print(f"{self._seconds():4.0f} s  {counts}", highlight=False)
+                if until_first_job and calls:
+                    return
 
     async def _look(self, stage: Stage) -> tuple[list[Call], dict[str, str], str]:
         """The calls whose jobs were sent, the server's word for each job, and one line about all."""

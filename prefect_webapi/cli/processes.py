@@ -23,7 +23,8 @@ from prefect_webapi.cli import orphans
 
 __all__ = ["Owned", "Processes"]
 
-_PATIENCE_SECONDS = 6.0
+_PATIENCE_SECONDS = 2.0
+"""How long a process may take to end in order. What it would save by that is thrown away anyway."""
 _LOG_LINES = 25
 
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import zip_longest
 from typing import Any, cast
 
 from rich.markup import escape
@@ -185,7 +186,7 @@ def step_table(record: Record) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("phase", "began", "lasted", "reason"):
         table.add_column(name, overflow="fold")
-    for step, after in zip(steps, (*steps[1:], None), strict=True):
+    for step, after in zip_longest(steps, steps[1:]):
         lasted = "" if after is None else span(after.at - step.at)
         name = Text(step.name, style=phase_style(step.name))
         table.add_row(name, when(step.at), lasted, Text(mask_url(step.reason)))

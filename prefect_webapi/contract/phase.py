@@ -162,6 +162,11 @@ class TaskInfo(_Value):
     additional_reasons: tuple[ReasonInfo, ...] = ()
 
 
+def _in_order(parts: tuple[ExternalResource, ...]) -> list[ExternalResource]:
+    """Services list the parts of a job in any order."""
+    return sorted(parts, key=lambda part: (part.index, part.retry_attempt, part.external_id))
+
+
 class PhaseInfo(_Value):
     """What `status` says of a job: immutable; build it with the constructor of the phase.
 
@@ -196,7 +201,7 @@ class PhaseInfo(_Value):
             and self.reason == other.reason
             and self.err == other.err
             and self.info.logs == other.info.logs
-            and self.info.external_resources == other.info.external_resources
+            and _in_order(self.info.external_resources) == _in_order(other.info.external_resources)
             and self.info.custom_info == other.info.custom_info
             and self.info.additional_reasons == other.info.additional_reasons
         )

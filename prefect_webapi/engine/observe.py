@@ -197,5 +197,6 @@ class Observer:
 
 
 def _rank(info: PhaseInfo) -> int:
-    """Order of the phases of a live job; a job never goes back in it."""
-    return info.phase.value if info.phase <= Phase.RUNNING else Phase.WAITING_FOR_RESOURCES
+    """Order of the phases of a live job; a job never goes back in it. All that waits to start is equal."""
+    waits = info.phase <= Phase.QUEUED or info.phase > Phase.RUNNING
+    return Phase.QUEUED if waits else info.phase

@@ -7,17 +7,21 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from typing import Any, Literal, Self
 from urllib.parse import quote
 
 from pydantic import TypeAdapter
 
 from prefect_webapi.testing.jobserver.api import Behaviour, JobView, Stats
-from prefect_webapi.testing.jobserver.faults import Fault, LoggedRequest
+from prefect_webapi.testing.jobserver.faults import Fault, Garbage, LoggedRequest, Op
 
 __all__ = ["EmbeddedJobServer"]
 
 CALL_SECONDS = 20.0
+_direct = urllib.request.build_opener(
+    urllib.request.ProxyHandler({})
+)  # this machine needs no proxy
 
 
 class EmbeddedJobServer:
@@ -81,9 +85,46 @@ class EmbeddedJobServer:
         behaviour = Behaviour(mood=mood, repeat=repeat, token=token or self.token)
         self._call("POST", "/control/behaviour", behaviour.model_dump())
 
-    def fault(self, op: str = "any", **fault: Any) -> None:
-        """Let something go wrong with the next requests that fit: the fields of `Fault`."""
-        self._call("POST", "/control/faults", Fault(op=op, **fault).model_dump())  # pyright: ignore[reportArgumentType]
+    def fault(
+        self,
+        op: Op | Literal["any"] = "any",
+        *,
+        name: str | None = None,
+        skip: int = 0,
+        times: int | None = 1,
+        probability: float = 1.0,
+        seed: int | None = None,
+        after_acceptance: bool = False,
+        delay: float = 0.0,
+        status: int | None = None,
+        headers: Mapping[str, str] | None = None,
+        retry_after: str | None = None,
+        body: Any = None,
+        patch: Mapping[str, Any] | None = None,
+        drop: bool = False,
+        garbage: Garbage | None = None,
+        echo_authorization: bool = False,
+    ) -> None:
+        """Let something go wrong with the next requests that fit; `Fault` says what each argument means."""
+        fault = Fault(
+            op=op,
+            name=name,
+            skip=skip,
+            times=times,
+            probability=probability,
+            seed=seed,
+            after_acceptance=after_acceptance,
+            delay=delay,
+            status=status,
+            headers=dict(headers or {}),
+            retry_after=retry_after,
+            body=body,
+            patch=None if patch is None else dict(patch),
+            drop=drop,
+            garbage=garbage,
+            echo_authorization=echo_authorization,
+        )
+        self._call("POST", "/control/faults", fault.model_dump())
 
     def clear_faults(self) -> None:
         self._call("DELETE", "/control/faults")
@@ -103,7 +144,7 @@ class EmbeddedJobServer:
 
     # --- the witness -------------------------------------------------------------------------
 
-    def log(self, op: str | None = None, *, since: int = 0) -> list[LoggedRequest]:
+    def log(self, op: Op | None = None, *, since: int = 0) -> list[LoggedRequest]:
         """The requests to the service in the order in which they came."""
         entries = TypeAdapter(list[LoggedRequest]).validate_python(
             self._call("GET", f"/control/log?since={since}")
@@ -126,7 +167,7 @@ class EmbeddedJobServer:
             headers={"Content-Type": "application/json"},
         )
         try:
-            with urllib.request.urlopen(request, timeout=CALL_SECONDS) as answer:
+            with _direct.open(request, timeout=CALL_SECONDS) as answer:
                 return json.load(answer)
         except urllib.error.HTTPError as error:
             with error:

@@ -16,6 +16,7 @@ from prefect_webapi.testing import EmbeddedJobServer
 from prefect_webapi_jobserver import ReportJob
 from tests.support.engine_child import End, Work, carry_out, child, hosted
 from tests.support.ledger import another_store, sqlite_url
+from tests.support.waiting import eventually
 
 QUOTA = {"resourceQuotas": {"default": 2}}
 SPECS = tuple(ReportJob(day=day, seconds=0.15, result=f"report {day}") for day in range(3))
@@ -47,47 +48,209 @@ def work_at(
     return Work(folder=folder, server=server.url, task_type=mood, **{"specs": SPECS, **more})
 
 
-EVERYWHERE = (
-    *("KP-01", "KP-06", "KP-08", "KP-09", "KP-10", "KP-11", "KP-11:2", "KP-12", "KP-13"),
-    *("KP-14", "KP-16", "KP-17", "KP-18", "KP-19", "KP-20"),
-)
-WITH_QUOTA = ("KP-02", "KP-03", "KP-04", "KP-05")
+CREATING = ("KP-01", "KP-06", "KP-08", "KP-09", "KP-10")
+WAITING = ("KP-02", "KP-03", "KP-04", "KP-05")
+ENDING = ("KP-13", "KP-17", "KP-19")
+LIVING = ("KP-11", "KP-11:2", "KP-12", "KP-14", "KP-16", "KP-18", "KP-20")
+Mood = Literal["keys", "search", "neither"]
 
 
-@pytest.mark.parametrize("mood", ["keys", "search", "neither"])
-@pytest.mark.parametrize(
-    ("place", "quota"),
-    [*((p, False) for p in EVERYWHERE), *((p, True) for p in (*WITH_QUOTA, *EVERYWHERE))],
-)
-async def test_every_job_is_made_once_wherever_the_process_dies(
-    job_server: EmbeddedJobServer,
-    tmp_path: Path,
-    mood: Literal["keys", "search", "neither"],
-    place: str,
-    quota: bool,
-) -> None:
-    """x"""
-    work = work_at(job_server, tmp_path, mood, config=QUOTA if quota else {}, die_at=place)
+async def ends_after_a_kill(work: Work) -> tuple[list[End], set[str]]:
+    """Run `work` until it dies, then again: what the second run's calls came to, and the suspects' keys."""
     with child(work) as first:
         told = first.ends()
         assert first.code == -signal.SIGKILL
-    left = {record.details.task_key: record for record in await records(work)}
-    unknown = {r.key for r in await records(work) if r.state is JobState.CREATING}
-    if mood != "neither":
-        unknown = set()
-    elif place in ("KP-06", "KP-08"):
-        assert unknown
+    unknown = {
+        record.key
+        for record in await records(work)
+        if record.state is JobState.CREATING and work.task_type == "neither"
+    }
     ends = await run_again(work)
+    before = {end.job_key: end.data for end in told if end.phase == "SUCCESS"}
+    assert before.items() <= {end.job_key: end.data for end in ends}.items()
+    return ends, unknown
 
+
+@pytest.mark.parametrize(
+    ("mood", "place", "quota"),
+    [
+        *(("keys", place, True) for place in (*WAITING, *CREATING, *LIVING, *ENDING)),
+        *(("search", place, True) for place in (*WAITING, *CREATING, *ENDING)),
+        *(("neither", place, True) for place in (*WAITING, *CREATING, *ENDING)),
+        *(("keys", place, False) for place in (*CREATING, "KP-17")),
+        *(("search", place, False) for place in CREATING),
+        *(("neither", place, False) for place in CREATING),
+    ],
+)
+async def test_every_job_is_made_once_wherever_the_process_dies(
+    job_server: EmbeddedJobServer, tmp_path: Path, mood: Mood, place: str, quota: bool
+) -> None:
+    """KP-01 to KP-06, KP-08 to KP-14, KP-16 to KP-20, KP-31: the process dies there and the run starts again.
+
+    The re-run half of CASE-161 to CASE-166, CASE-168 to CASE-174, CASE-176 to CASE-180 and CASE-191.
+    """
+    work = work_at(job_server, tmp_path, mood, config=QUOTA if quota else {}, die_at=place)
+    ends, unknown = await ends_after_a_kill(work)
+    if mood == "neither" and place in ("KP-06", "KP-08"):
+        assert unknown
     assert {end.job_key for end in ends if end.code == "CreateOutcomeUnknown"} == unknown
     good = [end for end in ends if end.job_key not in unknown]
     assert [(e.phase, e.data) for e in good] == [("SUCCESS", f"report {e.nth}") for e in good]
-    assert {(e.job_key, e.data) for e in told} <= {(e.job_key, e.data) for e in ends}
     made = job_server.stats()
     assert not made.duplicates
-    assert made.live == 0 or unknown
-    if mood == "neither":
-        assert max(Counter(entry.key for entry in job_server.log("create")).values()) == 1
+    if unknown:
+        sent = Counter(entry.body["key"] for entry in job_server.log("create"))
+        assert all(sent[key] <= 1 for key in unknown)
     else:
         assert made.created == len(SPECS)
+        assert made.live == 0
     assert await places_taken(work) == (len(unknown) if quota else 0)
+    assert {r.state for r in await records(work) if r.key not in unknown} == {JobState.CLOSED}
+
+
+async def test_a_result_that_was_half_written_is_written_again(
+    job_server: EmbeddedJobServer, tmp_path: Path
+) -> None:
+    """KP-15, CASE-242 and the re-run half of CASE-175."""
+    text = "x" * 100_000
+    specs = (ReportJob(seconds=0.1, result=text),)
+    work = work_at(job_server, tmp_path, "keys", specs=specs, die_at="KP-15")
+    [end], _ = await ends_after_a_kill(work)
+    assert end.data == text
+    assert job_server.stats().created == 1
+    [copy] = (tmp_path / "outputs").iterdir()
+    assert text in copy.read_text()
+
+
+@pytest.mark.parametrize("mood", ["keys", "search", "neither"])
+async def test_a_process_dies_while_its_create_is_on_the_way(
+    job_server: EmbeddedJobServer, tmp_path: Path, mood: Mood
+) -> None:
+    """KP-07, the re-run half of CASE-167: the service takes the job after the death."""
+    work = work_at(job_server, tmp_path, mood, config=QUOTA, specs=SPECS[:1])
+    job_server.fault("create", delay=0.2)
+    with child(work) as first:
+        await eventually(lambda: job_server.log("create"), within=30)
+        first.signal(signal.SIGKILL)
+        assert first.ends() == []
+    await eventually(lambda: job_server.stats().created, within=5)
+    [end] = await run_again(work)
+    assert job_server.stats().created == 1
+    if mood == "neither":
+        assert end.code == "CreateOutcomeUnknown"
+        assert len(job_server.log("create")) == 1
+    else:
+        assert (end.phase, end.data) == ("SUCCESS", "report 0")
+    assert await places_taken(work) == (mood == "neither")
+
+
+@pytest.mark.parametrize("mood", ["keys", "search"])
+@pytest.mark.parametrize("place", ["KP-08:2", "KP-17", "KP-19", "KP-20"])
+async def test_a_process_dies_between_two_attempts(
+    job_server: EmbeddedJobServer, tmp_path: Path, mood: Mood, place: str
+) -> None:
+    """KP-29, KP-30, the re-run half of CASE-189 and CASE-190: two attempts, two jobs, two keys."""
+    specs = (ReportJob(seconds=0.1, outcome="fail-first", result="second"),)
+    work = work_at(
+        job_server, tmp_path, mood, config=QUOTA, specs=specs, max_attempts=2, die_at=place
+    )
+    [end], _ = await ends_after_a_kill(work)
+    assert (end.phase, end.data) == ("SUCCESS", "second")
+    made = job_server.stats()
+    assert made.created == 2
+    assert not made.duplicates
+    assert await places_taken(work) == 0
+
+
+ENDLESS = (ReportJob(outcome="never"), ReportJob(day=1, outcome="never"))
+
+
+@pytest.mark.parametrize("place", ["KP-21", "KP-22", "KP-24", "KP-11:6"])
+async def test_a_process_dies_while_it_cancels(
+    job_server: EmbeddedJobServer, tmp_path: Path, place: str
+) -> None:
+    """KP-21, KP-22, KP-24, the re-run half of CASE-181, CASE-182 and CASE-184: the delete is made all the same."""
+    work = work_at(
+        job_server, tmp_path, "keys", config=QUOTA, specs=ENDLESS, cancel="QUEUED", die_at=place
+    )
+    if place == "KP-11:6":  # after both deletes were taken: the jobs take their time to die
+        slow = tuple(spec.model_copy(update={"dies_in": 1.0}) for spec in ENDLESS)
+        work = replace(work, specs=slow)
+    ends, _ = await ends_after_a_kill(work)
+    assert [(end.phase, end.stopped_by_us) for end in ends] == [("ABORTED", True)] * 2
+    assert job_server.stats().created == 2
+    assert job_server.stats().live == 0
+    assert {job.message for job in job_server.jobs()} == {"enough"}
+    assert await places_taken(work) == 0
+
+
+async def test_a_process_dies_while_its_delete_is_on_the_way(
+    job_server: EmbeddedJobServer, tmp_path: Path
+) -> None:
+    """KP-23, the re-run half of CASE-183: it is sent again, and the second answer does no harm."""
+    work = work_at(
+        job_server, tmp_path, "keys", config=QUOTA, specs=ENDLESS[:1], cancel="QUEUED"
+    )
+    job_server.fault("delete", delay=0.2)
+    with child(work) as first:
+        await eventually(lambda: job_server.log("delete"), within=30)
+        first.signal(signal.SIGKILL)
+        assert first.ends() == []
+    [record] = await records(work)
+    assert record.state is JobState.CANCELLING
+    assert await places_taken(work) == 1
+    await eventually(lambda: job_server.stats().live == 0, within=5)
+    [end] = await run_again(replace(work, cancel=None))
+    assert end.phase == "ABORTED"
+    assert end.reason.startswith("enough")
+    assert len(job_server.log("delete")) == 2
+    assert await places_taken(work) == 0
+
+
+async def test_a_process_dies_after_giving_up_its_wait_for_a_place(
+    job_server: EmbeddedJobServer, tmp_path: Path
+) -> None:
+    """KP-25, the re-run half of CASE-185: nothing was sent for it, and it stands in nobody's way."""
+    work = work_at(
+        job_server,
+        tmp_path,
+        "keys",
+        config={"resourceQuotas": {"default": 1}},
+        specs=ENDLESS,
+        cancel="WAITING_FOR_RESOURCES",
+        die_at="KP-17",
+    )
+    with child(work) as first:
+        first.ends()
+        assert first.code == -signal.SIGKILL
+    assert sorted(r.state for r in await records(work)) == [JobState.CREATED, JobState.OVER]
+    assert job_server.stats().created == 1
+    assert not job_server.log("delete")
+    assert await places_taken(work) == 1
+
+
+@pytest.mark.parametrize("mood", ["keys", "search", "neither"])
+async def test_a_process_dies_after_a_cancel_while_create_is_on_the_way(
+    job_server: EmbeddedJobServer, tmp_path: Path, mood: Mood
+) -> None:
+    """KP-26, the re-run half of CASE-186: the wish was written down, so the job is found and deleted."""
+    work = work_at(job_server, tmp_path, mood, specs=ENDLESS[:1], execution="execution-1")
+    job_server.fault("create", delay=0.25)
+    with child(replace(work, cancel="CREATING")) as first:
+        await eventually(lambda: job_server.log("create"), within=30)
+
+        async def is_wished() -> bool:
+            return any(record.cancel_reason for record in await records(work))
+
+        await eventually(is_wished, within=5)
+        first.signal(signal.SIGKILL)
+        assert first.ends() == []
+    await eventually(lambda: job_server.stats().created, within=5)
+    [end] = await run_again(work)
+    assert job_server.stats().created == 1
+    if mood == "neither":
+        assert end.code == "CreateOutcomeUnknown"
+        return
+    assert (end.phase, end.stopped_by_us) == ("ABORTED", True)
+    assert job_server.stats().live == 0
+    assert [job.message for job in job_server.jobs()] == ["enough"]

@@ -250,7 +250,7 @@ async def test_a_job_that_a_batch_answer_lacks_is_read_alone(
 ) -> None:
     """CASE-082, REQ-37: only its failure counts, and only for it."""
     config = {"caching": {"maxSystemFailures": 0}}
-    with at(tmp_path, job_server, config) as host:
+    with at(tmp_path, job_server, config, cancelGrace="100ms") as host:
         tickets = [
             host.admit(
                 request(ReportJob(outcome="never", day=n), task_run=f"t{n}", task_type="keys")

@@ -14,7 +14,7 @@ from prefect_webapi.contract.keys import job_key
 from prefect_webapi.contract.phase import PhaseInfo
 from prefect_webapi.ledger.records import Details, Drawn, JobState, Record
 from prefect_webapi.ledger.sql import SqlStore
-from tests.ledger.processes import finished, start_worker
+from tests.ledger.processes import start_worker, told_by
 from tests.support.ledger import another_store, draft_for, moved
 
 
@@ -143,17 +143,16 @@ async def test_two_processes_draw_dense_ordinals(ledger_url: str) -> None:
     """L4: three bases, each call asked twice, in two processes on one ledger."""
     async with another_store(ledger_url):
         pass
-    workers = [start_worker("draw", ledger_url, name, "30") for name in ("one", "two")]
-    told = [line for worker in workers for line in await finished(worker)]
-    assert len(told) == 120
+    told = await told_by(*(start_worker("draw", ledger_url, name, "90") for name in ("one", "two")))
+    assert len(told) == 360
     made = [key for key, _, was_made in told if was_made]
-    assert len(made) == len(set(made)) == 60
+    assert len(made) == len(set(made)) == 180
     async with another_store(ledger_url) as store:
         records = await store.select()
     by_base: dict[str, list[int]] = {}
     for record in records:
         by_base.setdefault(record.base, []).append(record.ordinal)
-    assert [sorted(ordinals) for ordinals in by_base.values()] == [list(range(20))] * 3
+    assert [sorted(ordinals) for ordinals in by_base.values()] == [list(range(60))] * 3
 
 
 # --- attempts --------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from prefect_webapi.ledger import schema
 from prefect_webapi.ledger.backend import Backend, network_file_system
 from prefect_webapi.ledger.records import JobState
 from prefect_webapi.ledger.sql import SqlStore
-from tests.ledger.processes import finished, start_worker
+from tests.ledger.processes import start_worker, told_by
 from tests.ledger.raw import raw
 from tests.support.ledger import another_store, draft_for, moved, sqlite_url
 
@@ -60,8 +60,7 @@ async def test_stores_that_open_a_fresh_ledger_at_once_all_succeed(ledger_url: s
             assert (await store.intent(draft_for(f"own {n}"))).made
 
     await asyncio.gather(*map(use, range(4)))
-    for worker in workers:
-        await finished(worker)
+    await told_by(*workers)
     async with another_store(ledger_url) as store:
         assert len(await store.select()) == 4 + 2 * 3
 

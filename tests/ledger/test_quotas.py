@@ -11,7 +11,7 @@ import pytest
 from prefect_webapi.contract.errors import LedgerError
 from prefect_webapi.ledger.records import JobState, Move, MoveResult, QuotaRow, Record
 from prefect_webapi.ledger.sql import SqlStore
-from tests.ledger.processes import finished, start_worker
+from tests.ledger.processes import start_worker, told_by
 from tests.support.ledger import another_store, draft_for, moved
 
 
@@ -142,7 +142,7 @@ async def test_two_processes_together_keep_the_limit(ledger_url: str, limit: int
     async with another_store(ledger_url) as store:
         await store.set_quota("quota", limit)
         workers = [start_worker("count", ledger_url, name, "15") for name in ("one", "two")]
-        held = [line for worker in workers for line in await finished(worker)]
+        held = await told_by(*workers)
         assert len(held) == 30
         assert most_at_once(held) <= limit
         assert await live(store) == 0

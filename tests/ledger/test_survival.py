@@ -18,7 +18,7 @@ from sqlalchemy import make_url
 from prefect_webapi.contract.keys import JobKey
 from prefect_webapi.ledger.records import JobState, Move, MoveResult, QuotaRow
 from prefect_webapi.ledger.sql import SqlStore
-from tests.ledger.processes import finished, start_worker
+from tests.ledger.processes import begin, start_worker, told_by
 from tests.ledger.raw import raw
 from tests.support.ledger import another_store, draft_for, moved, sqlite_url
 
@@ -34,7 +34,9 @@ async def test_all_that_a_killed_process_had_acknowledged_is_there(ledger_url: s
     async with another_store(ledger_url):
         pass
     worker = start_worker("write", ledger_url, "victim")
+    begin(worker)
     assert worker.stdout is not None
+    assert worker.stdin is not None
     told: list[Any] = []
     for line in iter(worker.stdout.readline, ""):
         told.append(json.loads(line))
@@ -42,6 +44,7 @@ async def test_all_that_a_killed_process_had_acknowledged_is_there(ledger_url: s
             worker.kill()  # what it told until then is still read
     worker.wait()
     worker.stdout.close()
+    worker.stdin.close()
     last: dict[JobKey, int] = {}
     for key, state in told:
         last[key] = max(last.get(key, 0), ORDER.index(JobState(state)))
@@ -61,9 +64,8 @@ class Wire:
     def __init__(self, directory: Path, server: Path) -> None:
         self.path = directory / ".s.PGSQL.5432"
         self._server = server
-        self.break_at: str | None = (
-            None  # "before": COMMIT is not sent; "after": its answer is lost
-        )
+        # "before": COMMIT is not sent; "after": its answer is lost
+        self.break_at: str | None = None
         self.broken = asyncio.Event()
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -71,16 +73,15 @@ class Wire:
         answers = asyncio.ensure_future(self._pump(far_reader, writer))
         try:
             while data := await reader.read(65536):
-                if self.break_at and b"COMMIT" in data:
+                if self.break_at and b"COMMIT;" in data:  # BEGIN has "READ COMMITTED;"
                     at, self.break_at = self.break_at, None
                     self.broken.set()
                     answers.cancel()
                     await asyncio.wait([answers])
                     if at == "after":
                         far_writer.write(data)
-                        assert b"COMMIT" in await far_reader.read(
-                            65536
-                        )  # the store won't hear of it
+                        answer = await far_reader.read(65536)
+                        assert b"COMMIT" in answer  # and the store won't hear of it
                     break
                 far_writer.write(data)
         except ConnectionError:
@@ -219,7 +220,7 @@ async def test_a_disk_that_takes_no_more_is_told_and_the_store_works_on_after(
 ) -> None:
     """CASE-205's ledger half: readable, nothing acknowledged is lost, no restart needed."""
     path = tmp_path / "ledger.db"
-    full, after = await finished(start_worker("fill", sqlite_url(path), "x"))
+    full, after = await told_by(start_worker("fill", sqlite_url(path), "x"))
     written, refused, told = full
     assert str(path) in told
     assert "disk" in told

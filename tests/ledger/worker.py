@@ -96,6 +96,8 @@ async def fill(store: SqlStore, name: str) -> None:
 async def main() -> None:
     command, url, *arguments = sys.argv[1:]
     async with another_store(url) as store:
+        tell("ready")
+        await asyncio.to_thread(sys.stdin.readline)
         await {"draw": draw, "count": count, "write": write, "fill": fill}[command](
             store, *arguments
         )

@@ -7,6 +7,7 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from prefect_webapi.ledger.sql import SqlStore
 from prefect_webapi.limiter import Gates
 from prefect_webapi.metrics import Metrics
 from prefect_webapi.quotas import Busy, Quotas, SlotLease
-from prefect_webapi.registry import Connection, Plugins, Registry
+from prefect_webapi.registry import Connection, Plugins, Registry, digest
 from prefect_webapi.testing import EmbeddedJobServer
 from prefect_webapi_jobserver import JobServer
 from tests.support.jobserver import TOKEN
@@ -46,16 +47,14 @@ QUICK = {
 
 
 class GivenConnections:
-    """Connections by name from a mapping: no Prefect blocks needed."""
+    """Connections by name from a mapping, which a test may change as people edit blocks."""
 
     def __init__(self, blocks: Mapping[str, Any]) -> None:
-        self.blocks = dict(blocks)
+        self.blocks = blocks
 
     async def resolve(self, ref: Any, kind: type[Any]) -> Connection[Any]:
         value = self.blocks[ref]
-        return Connection(
-            name=ref, revision=str(hash(str(value.model_dump()))), value=value, inline=False
-        )
+        return Connection(name=ref, revision=digest(value), value=value, inline=False)
 
 
 class NoSecrets:
@@ -134,6 +133,11 @@ class Told:
     @property
     def names(self) -> list[str]:
         return [name for name, _ in self.phases]
+
+    @property
+    def changes(self) -> list[str]:
+        """Names without repeats: news within a phase is left out."""
+        return [name for name, _ in groupby(self.names)]
 
     def phase(self, record: Record, info: PhaseInfo, *, waiting_for_quota: bool) -> None:
         self.phases.append((info.phase.name, info.reason))

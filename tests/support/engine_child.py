@@ -12,6 +12,7 @@ import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
@@ -20,15 +21,18 @@ from prefect_webapi.contract.keys import JobKey
 from prefect_webapi.engine.faults import fault_point
 from prefect_webapi.engine.host import Host
 from prefect_webapi.engine.request import Outcome
+from prefect_webapi.testing import EmbeddedJobServer
 from prefect_webapi.testing.run import die_at
 from prefect_webapi_jobserver import ReportJob
 from tests.support.engine import FolderOutputs, Told, at, request
 from tests.support.waiting import eventually
 
-__all__ = ["Child", "Told", "Work", "child", "end_of"]
+__all__ = ["Child", "End", "Work", "carry_out", "child", "hosted"]
 
 _nursery = multiprocessing.get_context("forkserver")
-_nursery.set_forkserver_preload(["tests.support.engine_child"])
+_nursery.set_forkserver_preload(
+    ["tests.support.engine_child", "aiosqlite", "alembic.command", "anyio._backends._asyncio"]
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +48,7 @@ class End:
     stopped_by_us: bool
 
 
-def end_of(nth: int, outcome: Outcome) -> End:
+def _end(nth: int, outcome: Outcome) -> End:
     info, value = outcome.info, outcome.value
     return End(
         nth=nth,
@@ -64,7 +68,7 @@ class Work:
     Attributes:
         folder: where the ledger is; server: URL of the job server.
         config, settings: as `at` takes them.
-        cancel: cancel each call as soon as its reporter was told of this phase.
+        cancel: cancel each call as soon as its reporter was told of this phase, or create is at the server.
         max_attempts: a failure that may be retried is tried again, as Prefect does.
         die_at: `KP-nn[:n]`.
     """
@@ -78,7 +82,7 @@ class Work:
     settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
     speed: float = 1.0
     epoch: float | None = None
-    cancel: Literal["QUEUED", "WAITING_FOR_RESOURCES"] | None = None
+    cancel: Literal["QUEUED", "WAITING_FOR_RESOURCES", "CREATING"] | None = None
     max_attempts: int = 1
     die_at: str | None = None
 
@@ -96,7 +100,9 @@ class HalvedOutputs(FolderOutputs):
 
 async def carry_out(work: Work, host: Host, nth: int) -> End:
     """One call with its retries."""
-    for attempt in range(1, work.max_attempts + 1):
+    attempt = 0
+    while True:
+        attempt += 1
         told = Told()
         ticket = host.admit(
             request(
@@ -110,13 +116,20 @@ async def carry_out(work: Work, host: Host, nth: int) -> End:
             )
         )
         if work.cancel is not None:
-            with suppress(AssertionError):  # it may be over before
-                await eventually(lambda told=told: work.cancel in told.names, within=5)
-            ticket.cancel("enough")
+            with suppress(AssertionError):  # this call may never come there
+                await eventually(partial(_is_at, work, told), within=5)
+                ticket.cancel("enough")
         outcome = await ticket.outcome()
-        if not outcome.info.may_retry:
-            return end_of(nth, outcome)
-    return end_of(nth, outcome)
+        if attempt >= work.max_attempts or not outcome.info.may_retry:
+            return _end(nth, outcome)
+
+
+def _is_at(work: Work, told: Told) -> bool:
+    if work.cancel == "CREATING":
+        server = EmbeddedJobServer()
+        server.url = work.server
+        return bool(server.log("create"))
+    return work.cancel in told.names
 
 
 @contextmanager
@@ -167,7 +180,7 @@ class Child:
     def signal(self, number: signal.Signals) -> None:
         os.kill(self.pid, number)
 
-    def ends(self, *, within: float = 30.0) -> list[End]:
+    def ends(self, *, within: float = 60.0) -> list[End]:
         """The outcomes that it told before it ended, by whatever cause."""
         told: list[End] = []
         with suppress(EOFError):

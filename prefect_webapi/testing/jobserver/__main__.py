@@ -14,6 +14,7 @@ from prefect_webapi.testing.jobserver.api import job_service
 
 app = cyclopts.App(name="jobserver", help=__doc__, version_flags=[])
 
+BACKLOG = 2048
 PARENT_CHECK_SECONDS = 0.5
 
 
@@ -44,6 +45,7 @@ def main(
         listener.bind(("127.0.0.1", port))
     except OSError as error:
         sys.exit(f"port {port} can't be had: {error.strerror}. Take another, or 0 for a free one")
+    listener.listen(BACKLOG)  # who connects from now on is answered as soon as the loop runs
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     config = uvicorn.Config(
         job_service(url, speed=speed, token=token),
@@ -61,8 +63,6 @@ async def _serve(
     parent = os.getppid()
     async with asyncio.TaskGroup() as tasks:
         serving = tasks.create_task(server.serve(sockets=[listener]))
-        while not server.started and not serving.done():
-            await asyncio.sleep(0.01)
         sys.stdout.write(f"READY {url}\n")
         sys.stdout.flush()
         while until_parent_exits and not serving.done():

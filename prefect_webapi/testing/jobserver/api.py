@@ -6,6 +6,7 @@ import html
 import uuid
 from collections import Counter
 from typing import Annotated, Any, Literal
+from urllib.parse import quote
 
 from fastapi import FastAPI, HTTPException, Query, Response
 from fastapi.responses import HTMLResponse, JSONResponse
@@ -51,17 +52,20 @@ class Stats(BaseModel):
     """Counted by the server: what was really made, whatever anybody believes.
 
     Attributes:
-        created: jobs ever made; live: not over now; peak_live: most at one time.
+        created: jobs ever made; live: not over now; peak_live: most at one time, in all and per quota.
         jobs_by_key: jobs made per key (or name); duplicates: keys with more than one.
-        requests: by op; inside_retry_after: requests sent while a Retry-After for their kind ran.
+        requests: by op; peak_open: most requests of an op that were without an answer at one time.
+        inside_retry_after: requests sent while a Retry-After for their kind ran.
     """
 
     created: int
     live: int
     peak_live: int
+    peak_by_quota: dict[str, int]
     jobs_by_key: dict[str, int]
     duplicates: dict[str, int]
     requests: dict[str, int]
+    peak_open: dict[str, int]
     inside_retry_after: int
 
 
@@ -107,7 +111,7 @@ def job_service(base_url: str, *, speed: float = 1.0, token: str | None = None) 
             result=spec.result if at is JobState.SUCCEEDED else None,
             fingerprint=job.new.fingerprint,
             labels=job.new.labels,
-            link=f"{base_url}/ui/jobs/{job.name}",
+            link=f"{base_url}/ui/jobs/{quote(job.name, safe='')}",
             key=job.new.key,
         )
 
@@ -120,8 +124,9 @@ def job_service(base_url: str, *, speed: float = 1.0, token: str | None = None) 
     @app.exception_handler(HTTPException)
     async def refuse(_: Any, error: HTTPException) -> JSONResponse:
         detail: Any = error.detail
-        body: Any = detail if isinstance(detail, dict) else {"message": str(detail)}
-        return JSONResponse(body, error.status_code)
+        if not isinstance(detail, dict):
+            detail = {"message": str(detail)}
+        return JSONResponse(detail, error.status_code)
 
     @app.put("/jobs/{name:path}")
     async def put_job(name: str, new: NewJob, response: Response) -> JobView:
@@ -211,13 +216,18 @@ def job_service(base_url: str, *, speed: float = 1.0, token: str | None = None) 
     @app.get("/control/stats")
     async def stats() -> Stats:
         by_key = Counter(job.new.key or job.name for job in state.jobs.all())
+        peak_open: dict[str, int] = {}
+        for entry in service.log:
+            peak_open[entry.op] = max(peak_open.get(entry.op, 0), entry.open_at_arrival + 1)
         return Stats(
             created=len(state.jobs),
             live=state.jobs.live(),
             peak_live=state.jobs.peak_live,
+            peak_by_quota=state.jobs.peak_by_quota,
             jobs_by_key=dict(by_key),
             duplicates={key: n for key, n in by_key.items() if n > 1},
             requests=dict(Counter(entry.op for entry in service.log)),
+            peak_open=peak_open,
             inside_retry_after=sum(entry.inside_retry_after for entry in service.log),
         )
 

@@ -8,29 +8,38 @@ import random
 import time
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
-from typing import Any, Literal
-from urllib.parse import unquote, unquote_plus
+from functools import partial
+from typing import Any, Literal, cast
+from urllib.parse import parse_qs, unquote, unquote_plus
 
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-__all__ = ["Fault", "FaultyService", "LoggedRequest", "Op"]
+__all__ = ["Fault", "FaultyService", "Garbage", "LoggedRequest", "Op"]
 
 Op = Literal["create", "get", "batch", "find", "delete"]
+PIECE_BYTES = 1_000_000
+HUGE_PIECES = 100
+Garbage = Literal["html", "empty", "truncated", "huge", "charset"]
 READS: frozenset[str] = frozenset({"get", "batch", "find"})
 
 
 class Fault(BaseModel):
     """Something that goes wrong with the next requests it fits. The first fault that fits is used.
 
+    Of a batch read a fault with a `name` spoils this job's row only: `drop` leaves it out, `status` makes it an error,
+    `patch` changes it.
+
     Attributes:
         op: which requests; ``any``: all but those of the control API.
-        name: only requests about this job.
+        name: only requests about this job: its name or the key it was made with.
+        skip: so many fitting requests go well first.
         times: for how many requests; None: until reset.
         probability: chance per fitting request, drawn from `seed`.
-        after_acceptance: the request is carried out before its answer is spoilt.
-        delay: seconds before anything else happens.
+        after_acceptance: the request is carried out at once; the fault is in its answer.
+        delay: real seconds before anything (else) happens.
         status, headers, body: the answer to give instead. `retry_after` is the header's text.
+        patch: fields of the jobs in the true answer to change: an older state, an unknown word.
         drop: close the connection without an answer.
         garbage: send 200 with a body that is no use.
         echo_authorization: put the request's Authorization header into the body of the answer.
@@ -40,6 +49,7 @@ class Fault(BaseModel):
 
     op: Op | Literal["any"] = "any"
     name: str | None = None
+    skip: int = Field(default=0, ge=0)
     times: int | None = 1
     probability: float = Field(default=1.0, ge=0, le=1)
     seed: int | None = None
@@ -49,9 +59,14 @@ class Fault(BaseModel):
     headers: dict[str, str] = Field(default_factory=dict)
     retry_after: str | None = None
     body: Any = None
+    patch: dict[str, Any] | None = None
     drop: bool = False
-    garbage: Literal["html", "empty", "truncated", "huge", "charset"] | None = None
+    garbage: Garbage | None = None
     echo_authorization: bool = False
+
+    @property
+    def replaces_answer(self) -> bool:
+        return self.status is not None or self.garbage is not None
 
 
 class LoggedRequest(BaseModel):
@@ -118,31 +133,47 @@ class FaultyService:
             entry.seconds = time.monotonic() - entry.mono
 
     async def _serve(self, scope: Scope, send: Send, body: bytes, entry: LoggedRequest) -> None:
-        fault = self._fault_for(entry)
-        if fault is None:
+        rows = self._row_faults(scope, entry)
+        fault = None if rows else self._fault_for(entry)
+        if fault is None and not rows:
             await self._refuse_or_serve(scope, send, body, entry)
             return
-        resets = self._resets
-        await asyncio.sleep(fault.delay)
-        if resets != self._resets:  # the request belongs to a time that was forgotten
-            _abort(send)
-            return
-        spoils = fault.drop or fault.status is not None or fault.garbage is not None
-        if not spoils:
-            await self._refuse_or_serve(scope, send, body, entry)
-            return
-        if fault.after_acceptance:
-            await self._refuse_or_serve(scope, _nowhere, body, entry)
-        if fault.drop:
+        resets, accepted = self._resets, None
+        if fault is not None and fault.after_acceptance:
+            accepted = await self._true_answer(scope, body, entry)
             entry.status = None
-            _abort(send)
+        delays = (each.delay for each in (fault, *rows.values()) if each is not None)
+        await asyncio.sleep(max(delays))
+        if resets != self._resets or (fault is not None and fault.drop):
+            _abort(send)  # told to, or the request belongs to a time that was forgotten
             return
+        if fault is not None and fault.replaces_answer:
+            await self._spoil(fault, scope, send, entry)
+            return
+        answer = accepted or await self._true_answer(scope, body, entry)
+        if answer.status < 300:
+            if fault is not None and fault.patch is not None:
+                answer.change(partial(_patched, fault.patch))
+            if rows:
+                answer.change(partial(_spoilt_row, rows))
+        entry.status = answer.status
+        await _answer(send, answer.status, answer.headers, answer.content)
+
+    async def _spoil(self, fault: Fault, scope: Scope, send: Send, entry: LoggedRequest) -> None:
         status, headers, content = _spoilt(fault, scope)
         if fault.retry_after is not None:
             headers["Retry-After"] = fault.retry_after
             self._close(entry, fault.retry_after)
         entry.status = status
-        await _answer(send, status, headers, content)
+        if fault.garbage == "huge":
+            await _huge_answer(send, status, headers)
+        else:
+            await _answer(send, status, headers, content)
+
+    async def _true_answer(self, scope: Scope, body: bytes, entry: LoggedRequest) -> _Collected:
+        answer = _Collected()
+        await self._refuse_or_serve(scope, answer.take, body, entry)
+        return answer
 
     async def _refuse_or_serve(
         self, scope: Scope, send: Send, body: bytes, entry: LoggedRequest
@@ -183,8 +214,23 @@ class FaultyService:
         return entry
 
     def _fault_for(self, entry: LoggedRequest) -> Fault | None:
+        return self._first(entry.op, None, entry.name, entry.key)
+
+    def _row_faults(self, scope: Scope, entry: LoggedRequest) -> dict[str, Fault]:
+        """The faults about single jobs of a batch read, by name."""
+        if entry.op != "batch":
+            return {}
+        asked = parse_qs(scope["query_string"].decode()).get("names", [""])[0].split(",")
+        found = {name: self._first("batch", name) for name in asked if name}
+        return {name: fault for name, fault in found.items() if fault is not None}
+
+    def _first(self, op: Op, *names: str | None) -> Fault | None:
+        """The first fault of one of these names that strikes; it is used up by one."""
         for fault in list(self.faults):
-            if fault.op not in ("any", entry.op) or fault.name not in (None, entry.name, entry.key):
+            if fault.op not in ("any", op) or fault.name not in names:
+                continue
+            if fault.skip > 0:
+                fault.skip -= 1
                 continue
             if fault.probability < 1:
                 dice = self._dice.setdefault(id(fault), random.Random(fault.seed))
@@ -194,6 +240,7 @@ class FaultyService:
                 fault.times -= 1
                 if fault.times <= 0:
                     self.faults.remove(fault)
+                    self._dice.pop(id(fault), None)
             return fault
         return None
 
@@ -228,7 +275,7 @@ def _name_of(scope: Scope) -> str:
 
 
 def _key_of(data: Any) -> str:
-    fields: dict[str, Any] = data if isinstance(data, dict) else {}
+    fields = cast(dict[str, Any], data) if isinstance(data, dict) else {}
     return str(fields.get("key", ""))
 
 
@@ -265,14 +312,58 @@ def _replay(body: bytes) -> Callable[[], Awaitable[Message]]:
     return receive
 
 
-async def _nowhere(message: Message) -> None:
-    """An answer that nobody gets."""
+class _Collected:
+    """The service's true answer, kept back."""
+
+    def __init__(self) -> None:
+        self.status = 500
+        self.headers: dict[str, str] = {}
+        self.content = b""
+
+    async def take(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            headers: dict[bytes, bytes] = dict(message.get("headers", ()))
+            headers.pop(b"content-length", None)
+            self.headers = {key.decode(): value.decode("latin-1") for key, value in headers.items()}
+        else:
+            self.content += message.get("body", b"")
+
+    def change(self, change: Callable[[dict[str, Any]], dict[str, Any] | None]) -> None:
+        """Change each job in the answer; None leaves it out of a list."""
+        data = json.loads(self.content)
+        if isinstance(data, list):
+            rows = map(change, cast(list[dict[str, Any]], data))
+            data = [row for row in rows if row is not None]
+        else:
+            data = change(data)
+        self.content = json.dumps(data).encode()
+
+
+def _patched(fields: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
+    return {**row, **fields}
+
+
+def _spoilt_row(faults: dict[str, Fault], row: dict[str, Any]) -> dict[str, Any] | None:
+    """A job's row of a batch answer with what was told to go wrong with it."""
+    fault = faults.get(row["name"])
+    if fault is None:
+        return row
+    if fault.drop:
+        return None
+    if fault.status is not None:
+        return {"name": row["name"], "error": f"told to answer {fault.status}"}
+    return _patched(fault.patch or {}, row)
+
+
+def _cycle(send: Send) -> Any:
+    """uvicorn's side of the request: it knows the connection, for which ASGI has no words."""
+    return getattr(send, "__self__", None)
 
 
 def _abort(send: Send) -> None:
-    """Close the connection under the server: ASGI has no word for it, uvicorn's cycle holds the transport."""
-    cycle: Any = getattr(send, "__self__", None)
-    cycle.transport.abort()
+    """Close the connection without an answer."""
+    _cycle(send).transport.abort()
 
 
 def _spoilt(fault: Fault, scope: Scope) -> tuple[int, dict[str, str], bytes]:
@@ -289,11 +380,9 @@ def _spoilt(fault: Fault, scope: Scope) -> tuple[int, dict[str, str], bytes]:
             return status, headers, b""
         case "truncated":
             return status, headers, b'{"name": "half a job", "state": "runn'
-        case "huge":
-            return status, headers, b'"' + b"x" * 100_000_000 + b'"'
         case "charset":
             return status, headers, '{"state": "l\u00e4uft"}'.encode("latin-1")
-        case None:
+        case "huge" | None:
             pass
     body = fault.body
     if fault.echo_authorization:
@@ -305,12 +394,22 @@ def _spoilt(fault: Fault, scope: Scope) -> tuple[int, dict[str, str], bytes]:
 
 
 async def _answer(send: Send, status: int, headers: dict[str, str], content: bytes) -> None:
-    sent = {"Content-Type": "application/json", **headers, "Content-Length": str(len(content))}
-    await send(
-        {
-            "type": "http.response.start",
-            "status": status,
-            "headers": [(k.lower().encode(), v.encode()) for k, v in sent.items()],
-        }
-    )
+    await _start(send, status, {**headers, "Content-Length": str(len(content))})
     await send({"type": "http.response.body", "body": content})
+
+
+async def _huge_answer(send: Send, status: int, headers: dict[str, str]) -> None:
+    """100 MB of one JSON string, in pieces; stops when nobody reads any more."""
+    await _start(send, status, headers)
+    for nth in range(HUGE_PIECES):
+        if _cycle(send).disconnected:
+            return
+        piece = b"x" * PIECE_BYTES if nth else b'"' + b"x" * (PIECE_BYTES - 1)
+        await send({"type": "http.response.body", "body": piece, "more_body": True})
+    await send({"type": "http.response.body", "body": b'"'})
+
+
+async def _start(send: Send, status: int, headers: dict[str, str]) -> None:
+    sent = {"content-type": "application/json", **{k.lower(): v for k, v in headers.items()}}
+    pairs = [(key.encode(), value.encode("latin-1")) for key, value in sent.items()]
+    await send({"type": "http.response.start", "status": status, "headers": pairs})

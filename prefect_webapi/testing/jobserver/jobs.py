@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import time
+from collections import Counter
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Literal
@@ -34,6 +35,7 @@ class JobSpecification(BaseModel):
             ``vanish``: the server forgets the job at its end; ``never``: it runs until it is cancelled.
         dies_in: how long a cancelled job goes on; above `seconds`: it finishes first.
         hidden_for: how long a new job can't be read.
+        quota: what the job counts against at the client; the server only keeps the count.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -44,6 +46,7 @@ class JobSpecification(BaseModel):
     outcome: Literal["succeed", "fail", "fail-first", "vanish", "never"] = "succeed"
     message: str = ""
     result: Any = None
+    quota: str = "default"
     dies_in: float = Field(default=0.0, ge=0)
     hidden_for: float = Field(default=0.0, ge=0)
 
@@ -124,6 +127,8 @@ class JobTable:
         self._ends: list[tuple[float, str]] = []
         self._live: set[str] = set()
         self.peak_live = 0
+        self.live_by_quota: Counter[str] = Counter()
+        self.peak_by_quota: Counter[str] = Counter()
 
     def now(self) -> float:
         return time.monotonic() * self._speed
@@ -172,17 +177,25 @@ class JobTable:
 
     def _count(self, job: Job, now: float) -> None:
         self._drop_ended(now)
+        quota = job.new.spec.quota
         self._live.add(job.name)
+        self.live_by_quota[quota] += 1
         heapq.heappush(self._ends, (job.ends, job.name))
         self.peak_live = max(self.peak_live, len(self._live))
+        self.peak_by_quota[quota] = max(self.peak_by_quota[quota], self.live_by_quota[quota])
 
     def _drop_ended(self, now: float) -> None:
         while self._ends and self._ends[0][0] <= now:
             _, name = heapq.heappop(self._ends)
-            if name in self._live and not self._jobs[name].is_live(now):
-                self._live.discard(name)
+            if not self._jobs[name].is_live(now):
+                self._leave(name)
 
     def recount(self, job: Job) -> None:
         """A job was ended or forgotten by command."""
         if not job.is_live(self.now()):
-            self._live.discard(job.name)
+            self._leave(job.name)
+
+    def _leave(self, name: str) -> None:
+        if name in self._live:
+            self._live.discard(name)
+            self.live_by_quota[self._jobs[name].new.spec.quota] -= 1

@@ -1,0 +1,626 @@
+"""The client against a real server over a socket; `httpx.MockTransport` only for what no server here does."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import pickle
+import socket
+import traceback
+import tracemalloc
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import httpx
+import pytest
+from pydantic import SecretStr
+
+from prefect_webapi.contract.errors import (
+    AlreadyExists,
+    AuthError,
+    BadTaskSpecification,
+    ConfigurationError,
+    NotFound,
+    RemoteError,
+    RemoteSystemError,
+    RemoteUserError,
+    SecretNotFound,
+    Throttled,
+)
+from prefect_webapi.http import Answer, RemoteClient, classify, error_of_status, path, retry_after
+from prefect_webapi.testing import EmbeddedJobServer
+from tests.support.jobserver import TOKEN
+
+MILLISECONDS_300 = timedelta(milliseconds=300)
+
+
+@pytest.fixture
+async def client(job_server: EmbeddedJobServer) -> AsyncIterator[RemoteClient]:
+    client = RemoteClient(job_server.url, token=SecretStr(TOKEN), max_answer_bytes=1_000_000)
+    yield client
+    await client.aclose()
+
+
+@asynccontextmanager
+async def answering(
+    handler: Any, base_url: str = "https://jobs.example.com", **arguments: Any
+) -> AsyncIterator[RemoteClient]:
+    """A client whose requests `handler` answers."""
+    client = RemoteClient(base_url, transport=httpx.MockTransport(handler), **arguments)
+    try:
+        yield client
+    finally:
+        await client.aclose()
+
+
+async def failure(call: Any) -> RemoteError:
+    with pytest.raises(RemoteError) as caught:
+        await call
+    return caught.value
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+# --- what is sent ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["a/b", "a?b=c", "a#b", "100%", "%2F", "a b", "ä/漢", "..x", "a;b"]
+)
+async def test_an_id_of_any_characters_reaches_the_right_job(
+    job_server: EmbeddedJobServer, client: RemoteClient, name: str
+) -> None:
+    """CASE-257."""
+    await client.put(path("jobs", name), json={"spec": {"seconds": 60}})
+    assert (await client.get(path("jobs", name)))["name"] == name
+    await client.delete(path("jobs", name), params={"reason": "a & b = c + d", "absent": None})
+    assert [job.name for job in job_server.jobs()] == [name]
+    assert job_server.log("delete")[0].name == name
+    assert job_server.log("delete")[0].query == "reason=a & b = c + d"
+
+
+@pytest.mark.parametrize("segment", ["", ".", ".."])
+def test_a_segment_that_would_change_the_path_is_refused(segment: str) -> None:
+    """CASE-257: dots are resolved by clients and proxies, encoded or not."""
+    with pytest.raises(RemoteUserError, match="can't be part of a path"):
+        path("jobs", segment)
+
+
+async def test_whole_numbers_stay_exact(
+    job_server: EmbeddedJobServer, client: RemoteClient
+) -> None:
+    """CASE-256: 19 digits are more than a float holds."""
+    number = 9_007_199_254_740_993_123
+    job_server.fault("get", status=200, body={"id": number})
+    assert (await client.get("/jobs/x"))["id"] == number
+    await client.put("/jobs/y", json={"spec": {"result": number}})
+    assert job_server.log("create")[0].body["spec"]["result"] == number
+
+
+@pytest.mark.parametrize("data", [{1, 2}, float("nan"), "\ud800"])
+async def test_what_has_no_json_form_is_refused_before_any_request(
+    job_server: EmbeddedJobServer, client: RemoteClient, data: Any
+) -> None:
+    """CASE-068."""
+    error = await failure(client.put("/jobs/x", json={"spec": {"result": data}}))
+    assert isinstance(error, BadTaskSpecification)
+    assert not error.job_may_exist
+    assert not job_server.log()
+
+
+async def test_each_request_carries_a_fresh_token(job_server: EmbeddedJobServer) -> None:
+    """CASE-227: what the hook returns is used once."""
+    tokens = iter(["first", "second"])
+
+    async def fresh() -> Mapping[str, str]:
+        return {"Authorization": f"Bearer {next(tokens)}"}
+
+    client = RemoteClient(job_server.url, auth=fresh)
+    for token in ("first", "second"):
+        job_server.behave(token=token)
+        assert await client.put("/jobs/x", json={})
+    await client.aclose()
+
+
+async def test_a_token_source_that_fails_proves_that_nothing_was_sent(
+    job_server: EmbeddedJobServer,
+) -> None:
+    """REQ-83: even where the token source's own outcome is unknown."""
+
+    async def slow() -> Mapping[str, str]:
+        raise TimeoutError
+
+    client = RemoteClient(job_server.url, auth=slow)
+    error = await failure(client.put("/jobs/x", json={}))
+    assert isinstance(error, RemoteSystemError)
+    assert not error.job_may_exist
+    assert not job_server.log()
+    await client.aclose()
+
+
+# --- what comes back -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("garbage", "shown"),
+    [
+        ("html", "<html><body>Bad gateway"),
+        ("empty", "not JSON: ''"),
+        ("truncated", "half a job"),
+        ("charset", "l\ufffduft"),
+        ("huge", "larger than 1000000 bytes: '\"xxxx"),
+    ],
+)
+@pytest.mark.parametrize("op", ["get", "create"])
+async def test_an_unreadable_answer_is_a_system_failure_that_shows_its_beginning(
+    job_server: EmbeddedJobServer, client: RemoteClient, op: Any, garbage: Any, shown: str
+) -> None:
+    """CASE-254, REQ-83: an unreadable success says nothing about whether the job was made."""
+    job_server.fault(op, garbage=garbage)
+    call = client.get("/jobs/x") if op == "get" else client.put("/jobs/x", json={})
+    error = await failure(call)
+    assert isinstance(error, RemoteSystemError)
+    assert error.job_may_exist
+    assert shown in error.message
+    assert len(error.message) < 300
+
+
+async def test_an_answer_too_large_is_not_read_to_its_end(
+    job_server: EmbeddedJobServer, client: RemoteClient
+) -> None:
+    """CASE-254: of 100 MB little more than the limit of 1 MB is ever held."""
+    job_server.fault("get", garbage="huge")
+    tracemalloc.start()
+    try:
+        await failure(client.get("/jobs/x"))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 10_000_000
+
+
+async def test_a_confirmation_without_a_body_is_none(
+    job_server: EmbeddedJobServer, client: RemoteClient
+) -> None:
+    """REQ-43: many services confirm a delete by status alone."""
+    job_server.fault("delete", status=200, garbage="empty")
+    assert await client.delete("/jobs/x") is None
+    job_server.fault("delete", status=204, garbage="empty")
+    assert await client.delete("/jobs/x") is None
+
+
+def test_a_byte_order_mark_does_no_harm() -> None:
+    """CASE-254: a readable answer is read."""
+    assert Answer(200, {}, '\ufeff{"a": 1}'.encode()).json() == {"a": 1}
+
+
+def test_json_nested_without_end_is_unreadable() -> None:
+    """CASE-254."""
+    with pytest.raises(RemoteSystemError, match="is not JSON"):
+        Answer(200, {}, b"[" * 200_000).json()
+
+
+STATUSES: list[tuple[int, dict[str, str], type[RemoteError], str, bool]] = [
+    (400, {}, RemoteUserError, "HTTP400", False),
+    (401, {}, AuthError, "Unauthorized", False),
+    (403, {}, AuthError, "Forbidden", False),
+    (404, {}, NotFound, "NotFound", False),
+    (405, {}, RemoteUserError, "HTTP405", False),
+    (408, {}, RemoteSystemError, "HTTP408", True),
+    (410, {}, NotFound, "NotFound", False),
+    (413, {}, RemoteUserError, "HTTP413", False),
+    (422, {}, RemoteUserError, "HTTP422", False),
+    (425, {}, RemoteSystemError, "HTTP425", False),
+    (429, {}, Throttled, "HTTP429", False),
+    (429, {"Retry-After": "7"}, Throttled, "HTTP429", False),
+    (500, {}, RemoteSystemError, "HTTP500", True),
+    (502, {}, RemoteSystemError, "HTTP502", True),
+    (503, {}, RemoteSystemError, "HTTP503", True),
+    (503, {"Retry-After": "7"}, Throttled, "HTTP503", False),
+    (504, {}, RemoteSystemError, "HTTP504", True),
+]
+
+
+@pytest.mark.parametrize(("status", "headers", "kind", "code", "may_exist"), STATUSES)
+async def test_a_status_says_whose_fault_it_is_and_whether_a_job_may_exist(
+    job_server: EmbeddedJobServer,
+    client: RemoteClient,
+    status: int,
+    headers: dict[str, str],
+    kind: type[RemoteError],
+    code: str,
+    may_exist: bool,
+) -> None:
+    """REQ-83."""
+    job_server.fault("create", status=status, headers=headers, body={"message": "so it is"})
+    error = await failure(client.put("/jobs/x", json={}))
+    assert type(error) is kind
+    assert (error.code, error.job_may_exist) == (code, may_exist)
+    assert "so it is" in error.message
+    if isinstance(error, Throttled):
+        assert error.retry_after == (timedelta(seconds=7) if headers else None)
+
+
+async def test_409_means_that_the_job_exists_only_where_a_job_is_made(
+    job_server: EmbeddedJobServer, client: RemoteClient
+) -> None:
+    """REQ-34, REQ-43."""
+    job_server.fault(status=409, times=4)
+    assert type(await failure(client.put("/jobs/x", json={}))) is AlreadyExists
+    assert type(await failure(client.post("/jobs", json={}))) is AlreadyExists
+    assert type(await failure(client.delete("/jobs/x"))) is RemoteUserError
+    assert type(await failure(client.get("/jobs/x"))) is RemoteUserError
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        ({"message": "no table t"}, "no table t"),
+        ({"detail": "no table t"}, "no table t"),
+        ({"error": {"code": 3, "message": "no table t"}}, "no table t"),
+        ({"other": 1}, '{"other": 1}'),
+        ("x" * 300_000, "x" * 200),
+        ({"message": "y" * 300_000}, '{"message": "yyy'),
+    ],
+)
+async def test_the_services_own_words_are_in_the_message(
+    job_server: EmbeddedJobServer, client: RemoteClient, body: Any, told: str
+) -> None:
+    """CASE-048: and a body without end does not hide the status (CASE-254)."""
+    job_server.fault("create", status=400, body=body)
+    error = await failure(client.put("/jobs/x", json={}))
+    assert type(error) is RemoteUserError
+    assert told in error.message
+    assert len(error.message) < 900
+
+
+NOW = datetime(2026, 11, 24, 12, tzinfo=UTC)
+
+
+@pytest.mark.parametrize(
+    ("header", "wait"),
+    [
+        ("7", timedelta(seconds=7)),
+        (" 0.5 ", timedelta(seconds=0.5)),
+        ("0", timedelta(0)),
+        ("86400", timedelta(days=1)),
+        ("9" * 40, timedelta.max),
+        ("Tue, 24 Nov 2026 12:00:30 GMT", timedelta(seconds=30)),
+        ("Tue, 24 Nov 2026 13:00:30 +0100", timedelta(seconds=1830 - 1800)),
+        ("Tue, 24 Nov 2026 11:00:00 GMT", timedelta(0)),
+        ("Sun, 06 Nov 1994 08:49:37 GMT", timedelta(0)),
+        ("soon", None),
+        ("", None),
+        ("-5", None),
+        ("nan", None),
+        ("inf", None),
+        ("1_0", None),
+        ("Tue, 99 Nov 2026 11:00:00 GMT", None),
+    ],
+)
+def test_retry_after_is_read_as_seconds_or_a_date(header: str, wait: timedelta | None) -> None:
+    """CASE-152: the past is no wait, garbage is as if absent; the engine caps."""
+    assert retry_after({"Retry-After": header}, now=NOW) == wait
+
+
+def test_a_date_to_retry_after_counts_from_the_servers_clock() -> None:
+    """CASE-152: clocks differ."""
+    headers = {
+        "date": "Tue, 24 Nov 2020 12:00:00 GMT",
+        "retry-after": "Tue, 24 Nov 2020 12:00:30 GMT",
+    }
+    assert retry_after(headers, now=NOW) == timedelta(seconds=30)
+
+
+def test_no_retry_after_is_none() -> None:
+    """CASE-153."""
+    assert retry_after({}) is None
+
+
+# --- what a lost connection proves -----------------------------------------------------------
+
+
+async def test_a_refused_connection_sent_nothing() -> None:
+    """CASE-260, REQ-83."""
+    client = RemoteClient(f"http://127.0.0.1:{free_port()}", token=SecretStr(TOKEN))
+    error = await failure(client.put("/jobs/x", json={}))
+    assert type(error) is RemoteSystemError
+    assert not error.job_may_exist
+    await client.aclose()
+
+
+async def test_a_failed_tls_handshake_sent_nothing(job_server: EmbeddedJobServer) -> None:
+    """CASE-259, REQ-83: the port speaks plain HTTP."""
+    client = RemoteClient(job_server.url.replace("http:", "https:"), token=SecretStr(TOKEN))
+    error = await failure(client.put("/jobs/x", json={}))
+    assert type(error) is RemoteSystemError
+    assert not error.job_may_exist
+    assert not job_server.log()
+    await client.aclose()
+
+
+async def test_a_request_that_got_no_connection_sent_nothing(
+    job_server: EmbeddedJobServer,
+) -> None:
+    """REQ-83: the pool is exhausted."""
+    client = RemoteClient(
+        job_server.url,
+        token=SecretStr(TOKEN),
+        max_connections=1,
+        request_timeout=MILLISECONDS_300,
+    )
+    job_server.fault("get", delay=5)
+    reading = asyncio.ensure_future(failure(client.get("/jobs/x")))
+    await asyncio.sleep(0.1)
+    with pytest.raises(RemoteSystemError) as caught:
+        async with asyncio.timeout(5):
+            pool_wait = timedelta(milliseconds=100)
+            client._timeout = httpx.Timeout(5, pool=pool_wait.total_seconds())  # pyright: ignore[reportPrivateUsage] - shorter than the one in the way
+            await client.put("/jobs/x", json={}, headers={})
+    assert caught.value.job_may_exist is False
+    await reading
+    await client.aclose()
+
+
+@pytest.mark.parametrize("accepted", [True, False])
+async def test_a_connection_lost_after_the_request_proves_nothing(
+    job_server: EmbeddedJobServer, client: RemoteClient, accepted: bool
+) -> None:
+    """REQ-83: made or not, it looks the same from here."""
+    job_server.fault("create", drop=True, after_acceptance=accepted)
+    error = await failure(client.put("/jobs/x", json={}))
+    assert type(error) is RemoteSystemError
+    assert error.job_may_exist
+    assert job_server.stats().created == accepted
+
+
+async def test_an_answer_that_does_not_come_proves_nothing(job_server: EmbeddedJobServer) -> None:
+    """REQ-83."""
+    client = RemoteClient(job_server.url, token=SecretStr(TOKEN), request_timeout=MILLISECONDS_300)
+    job_server.fault("create", delay=5, after_acceptance=True)
+    error = await failure(client.put("/jobs/x", json={}))
+    assert type(error) is RemoteSystemError
+    assert (error.code, error.job_may_exist) == ("Timeout", True)
+    assert job_server.stats().created == 1
+    await client.aclose()
+
+
+async def test_a_closed_client_sends_nothing(job_server: EmbeddedJobServer) -> None:
+    """REQ-52: an old instance of a plugin opens no new connection."""
+    client = RemoteClient(job_server.url, token=SecretStr(TOKEN))
+    await client.put("/jobs/x", json={})
+    await client.aclose()
+    await client.aclose()
+    error = await failure(client.put("/jobs/y", json={}))
+    assert not error.job_may_exist
+    assert len(job_server.log()) == 1
+
+
+# --- secrets ---------------------------------------------------------------------------------
+
+
+async def test_a_secret_that_the_service_echoes_is_masked(
+    job_server: EmbeddedJobServer, client: RemoteClient
+) -> None:
+    """CASE-226."""
+    job_server.fault("create", status=500, echo_authorization=True)
+    error = await failure(client.put("/jobs/x", json={}))
+    assert "***" in error.message
+    everything = "".join(traceback.format_exception(error)) + repr(error) + repr(vars(error))
+    assert TOKEN not in everything
+    assert TOKEN.encode() not in pickle.dumps(error)
+
+
+SECRET = 's3cr"t/+&value'
+
+
+@pytest.mark.parametrize(
+    "echo",
+    [
+        SECRET,
+        f"Bearer {SECRET}",
+        "s3cr%22t%2F%2B%26value",
+        's3cr\\"t/+&value',
+        "s3cr&quot;t/+&amp;value",
+        "x" * 193 + SECRET,
+    ],
+)
+@pytest.mark.parametrize("status", [200, 500])
+async def test_a_secret_is_masked_in_every_shape_and_at_the_cut(echo: str, status: int) -> None:
+    """CASE-226: as it is, in a URL, in JSON, in HTML, and across the 200th character."""
+    async with answering(
+        lambda _: httpx.Response(status, text=echo), token=SecretStr(SECRET)
+    ) as client:
+        error = await failure(client.get("/"))
+    for part in ("s3cr", "value"):
+        assert part not in str(error)
+    assert "*" in str(error)
+
+
+async def test_every_header_that_is_a_secret_is_masked() -> None:
+    """CASE-226: given as such, named like one, made by the hook, or for one request."""
+
+    async def hook() -> Mapping[str, str]:
+        return {"X-Session": "from-the-hook"}
+
+    basic = base64.b64encode(b"user:pass-word").decode()
+    everything = f"given-as-such named-like-one from-the-hook for-one-request pass-word {basic}"
+    async with answering(
+        lambda _: httpx.Response(500, text=everything),
+        headers={
+            "X-Mine": SecretStr("given-as-such"),
+            "X-Api-Key": "named-like-one",
+            "Authorization": f"Basic {basic}",
+        },
+        auth=hook,
+    ) as client:
+        error = await failure(client.get("/", headers={"X-One": SecretStr("for-one-request")}))
+    assert str(error) == "HTTP 500: *** *** *** *** *** ***"
+
+
+async def test_an_answer_masks_the_errors_that_a_plugin_makes_of_it() -> None:
+    """CASE-226: `request` leaves the judgement to the author."""
+    async with answering(
+        lambda _: httpx.Response(500, text=SECRET), token=SecretStr(SECRET)
+    ) as client:
+        answer = await client.request("GET", "/")
+    assert SECRET not in str(error_of_status(answer, "GET"))
+    assert SECRET not in repr(answer)
+    with pytest.raises(RemoteSystemError) as caught:
+        answer.json()
+    assert SECRET not in str(caught.value)
+
+
+def test_no_secret_is_in_the_repr() -> None:
+    """CASE-225."""
+    client = RemoteClient("https://jobs.example.com/api/", token=SecretStr(SECRET))
+    assert repr(client) == "RemoteClient('https://jobs.example.com/api')"
+
+
+@pytest.mark.parametrize("token", ["canary\n", "can\r\nary", "canäry", " canary"])
+def test_a_token_that_no_header_can_hold_is_refused_unseen(token: str) -> None:
+    """CASE-225: the usual cause is a secret read with its line end."""
+    with pytest.raises(ConfigurationError, match="header Authorization can't be sent") as caught:
+        RemoteClient("https://jobs.example.com", headers={"Authorization": SecretStr(token)})
+    assert token.strip() not in str(caught.value)
+
+
+# --- where it may be sent --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["GET", "PUT"])
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+async def test_a_redirect_is_not_followed(
+    job_server: EmbeddedJobServer, client: RemoteClient, method: Any, status: int
+) -> None:
+    """CASE-255: the other host would get the credentials."""
+    visits: list[str] = []
+
+    async def visited(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        visits.append("a connection")
+        writer.close()
+
+    other = await asyncio.start_server(visited, "127.0.0.1", 0)
+    async with other:
+        location = f"http://127.0.0.1:{other.sockets[0].getsockname()[1]}/jobs/x"
+        job_server.fault(status=status, headers={"Location": location})
+        call = client.get("/jobs/x") if method == "GET" else client.put("/jobs/x", json={})
+        error = await failure(call)
+        await asyncio.sleep(0.05)
+    assert isinstance(error, RemoteUserError)
+    assert "redirects are not followed" in error.message
+    assert not visits
+    assert len(job_server.log()) == 1
+
+
+@pytest.mark.parametrize(
+    "url", ["http://jobs.example.com", "http://10.0.0.7/", "http://127.0.0.1.example.com"]
+)
+async def test_credentials_in_the_clear_are_refused(url: str) -> None:
+    """CASE-258."""
+
+    async def hook() -> Mapping[str, str]:
+        return {}
+
+    for arguments in (
+        {"token": SecretStr("t")},
+        {"headers": {"X-Mine": SecretStr("t")}},
+        {"headers": {"Authorization": "t"}},
+        {"auth": hook},
+    ):
+        with pytest.raises(ConfigurationError, match="in the clear"):
+            RemoteClient(url, **arguments)  # pyright: ignore[reportArgumentType] - one of several
+        RemoteClient(url, allow_insecure=True, **arguments)  # pyright: ignore[reportArgumentType] - one of several
+    RemoteClient(url)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://localhost:1", "http://127.8.8.8", "http://[::1]:80/x", "https://jobs.example.com"],
+)
+def test_credentials_may_go_to_this_machine_or_through_tls(url: str) -> None:
+    """CASE-258."""
+    RemoteClient(url, token=SecretStr("t"))
+
+
+@pytest.mark.parametrize("url", ["", "jobs.example.com", "ftp://jobs.example.com", "http://[::1"])
+def test_an_address_that_can_not_work_is_refused(url: str) -> None:
+    """REQ-83: before anything remote, whatever the credentials."""
+    with pytest.raises(ConfigurationError, match="no address of a web service"):
+        RemoteClient(url)
+
+
+@pytest.mark.parametrize("url", ["https://user:canary@jobs.example.com", "https://x/?key=canary"])
+def test_an_address_holds_no_credentials(url: str) -> None:
+    """CASE-225: addresses are shown in messages."""
+    with pytest.raises(ConfigurationError, match="user, a query or a fragment") as caught:
+        RemoteClient(url)
+    assert "canary" not in str(caught.value)
+
+
+# --- an author's own client ------------------------------------------------------------------
+
+REQUEST = httpx.Request("POST", "https://jobs.example.com/jobs")
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "code", "may_exist"),
+    [
+        (httpx.ConnectError("x"), RemoteSystemError, "ConnectError", False),
+        (httpx.ConnectTimeout("x"), RemoteSystemError, "ConnectTimeout", False),
+        (httpx.PoolTimeout("x"), RemoteSystemError, "PoolTimeout", False),
+        (httpx.ProxyError("x"), RemoteSystemError, "ProxyError", False),
+        (httpx.ReadTimeout("x"), RemoteSystemError, "Timeout", True),
+        (httpx.WriteError("x"), RemoteSystemError, "ConnectionLost", True),
+        (httpx.RemoteProtocolError("x"), RemoteSystemError, "ConnectionLost", True),
+        (httpx.DecodingError("x"), RemoteSystemError, "DecodingError", True),
+        (httpx.UnsupportedProtocol("x"), RemoteUserError, "UnsupportedProtocol", False),
+        (httpx.LocalProtocolError("x"), RemoteUserError, "LocalProtocolError", False),
+        (httpx.InvalidURL("x"), RemoteUserError, "InvalidURL", False),
+        (TimeoutError("x"), RemoteSystemError, "Timeout", True),
+        (ConnectionRefusedError("x"), RemoteSystemError, "ConnectionRefusedError", False),
+        (ConnectionResetError("x"), RemoteSystemError, "ConnectionLost", True),
+        (socket.gaierror(-2, "x"), RemoteSystemError, "gaierror", False),
+        (OSError("x"), RemoteSystemError, "OSError", True),
+        (KeyError("x"), RemoteSystemError, "KeyError", True),
+        (SecretNotFound("k", ["here"]), BadTaskSpecification, "SecretNotFound", False),
+        (Throttled("x"), Throttled, "Throttled", False),
+        (
+            httpx.HTTPStatusError("x", request=REQUEST, response=httpx.Response(409)),
+            AlreadyExists,
+            "AlreadyExists",
+            True,
+        ),
+        (
+            httpx.HTTPStatusError("x", request=REQUEST, response=httpx.Response(503)),
+            RemoteSystemError,
+            "HTTP503",
+            True,
+        ),
+    ],
+)
+def test_what_an_authors_own_client_raises_is_classified(
+    error: Exception, kind: type[RemoteError], code: str, may_exist: bool
+) -> None:
+    """REQ-83."""
+    found = classify(error)
+    assert type(found) is kind
+    assert (found.code, found.job_may_exist) == (code, may_exist)
+
+
+def test_a_status_error_without_its_body_is_classified() -> None:
+    """REQ-83: the author streamed the answer."""
+    response = httpx.Response(400, stream=httpx.ByteStream(b"x"))
+    error = httpx.HTTPStatusError("x", request=REQUEST, response=response)
+    assert classify(error).code == "HTTP400"
+
+
+def test_a_clients_own_text_about_headers_is_not_repeated() -> None:
+    """CASE-225: h11 shows the value that it refuses."""
+    assert "canary" not in str(classify(httpx.LocalProtocolError("Illegal header value b'canary'")))
