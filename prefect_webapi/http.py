@@ -32,6 +32,7 @@ from prefect_webapi.contract.errors import (
     BadTaskSpecification,
     ConfigurationError,
     NotFound,
+    OutcomeUnknown,
     RemoteError,
     RemoteSystemError,
     RemoteUserError,
@@ -39,7 +40,15 @@ from prefect_webapi.contract.errors import (
 )
 from prefect_webapi.contract.secrecy import looks_secret
 
-__all__ = ["Answer", "RemoteClient", "classify", "error_of_status", "path", "retry_after"]
+__all__ = [
+    "ANSWER_TOO_LARGE",
+    "Answer",
+    "RemoteClient",
+    "classify",
+    "error_of_status",
+    "path",
+    "retry_after",
+]
 
 Method = Literal["GET", "POST", "PUT", "PATCH", "DELETE"]
 HeaderSource = Callable[[], Awaitable[Mapping[str, str | SecretStr]]]
@@ -48,6 +57,8 @@ MAX_ANSWER_BYTES = 32 * 1024 * 1024
 MAX_ERROR_BYTES = 64 * 1024
 """So much of an error's body is read: no message is longer, and no large one shall hide the status."""
 SHOWN_CHARACTERS = 200
+ANSWER_TOO_LARGE = "AnswerTooLarge"
+"""Code of the error for an answer that was cut off; asking again brings no less."""
 MESSAGE_CHARACTERS = 800
 CONNECT_SECONDS = 10.0
 """Shorter than the engine's own time-outs: a connect that hangs is then known to have sent nothing."""
@@ -310,7 +321,7 @@ class RemoteClient:
             raise RemoteSystemError(
                 f"the answer (HTTP {response.status_code}) is larger than {limit} bytes: "
                 f"{_beginning(body, mask)!r}",
-                code="AnswerTooLarge",
+                code=ANSWER_TOO_LARGE,
             )
         return bytes(body[:limit])
 
@@ -412,9 +423,9 @@ def classify(error: Exception) -> RemoteError:
     if isinstance(error, _NOTHING_SENT):
         return RemoteSystemError(f"{name}: {error}", code=name, job_may_exist=False)
     if isinstance(error, httpx.TimeoutException | TimeoutError):
-        return RemoteSystemError(f"no answer in time ({name})", code="Timeout")
+        return OutcomeUnknown(f"no answer in time ({name})", code="Timeout")
     if isinstance(error, httpx.TransportError | ConnectionError):
-        return RemoteSystemError(
+        return OutcomeUnknown(
             f"the connection was lost ({name}: {error})", code="ConnectionLost"
         )
     return RemoteSystemError(f"{name}: {error}", code=name)

@@ -23,7 +23,7 @@ def test_public_names_are_listed_once() -> None:
 
 def test_a_name_that_does_not_exist_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
-        prefect_webapi.Nothing  # noqa: B018  # pyright: ignore[reportAttributeAccessIssue] - that is the point
+        prefect_webapi.Nothing  # noqa: B018
 
 
 @pytest.mark.parametrize(

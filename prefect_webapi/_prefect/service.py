@@ -119,6 +119,6 @@ def _make(options: Options, watch: Watch) -> tuple[Engine, Callable[[], None]]:
 
     display = Display(options.state_events_per_second)
     every = options.watch_cancel_seconds
-    host = Host(lambda: make_runtime(options, display, lambda api: watch.run(host, api, every)))
+    host = Host(lambda: make_runtime(options, display, lambda api: watch.run(api, every)))
     host._start()  # pyright: ignore[reportPrivateUsage] # here, so that it is off the flow's loop
     return Engine(host, display, watch, options.run_key), host.close

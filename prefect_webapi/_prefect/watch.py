@@ -30,7 +30,7 @@ from prefect_webapi._prefect.causes import LEAVING_INTENTS, control_intent, reas
 from prefect_webapi.contract.errors import WebApiError
 
 if TYPE_CHECKING:
-    from prefect_webapi.engine.host import HostApi, Ticket
+    from prefect_webapi.engine.host import Ticket
 
 __all__ = ["Watch", "cancel_event_of"]
 
@@ -57,7 +57,7 @@ def cancel_event_of(task_run: UUID) -> threading.Event | None:
     return event if isinstance(event, threading.Event) else None
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class _Watched:
     """A call that waits, and the flow runs whose cancellation ends it."""
 
@@ -66,6 +66,13 @@ class _Watched:
     flow: FlowRunContext | None
     flow_state: UUID | None  # of the flow run when the call was made
     cancel_event: threading.Event | None
+    is_told: bool = False
+
+    def tell(self, reason: str) -> None:
+        """Its job shall end; said once."""
+        if not self.is_told:
+            self.is_told = True
+            self.ticket.cancel(reason)
 
     @property
     def was_abandoned(self) -> bool:
@@ -144,7 +151,7 @@ class Watch:
 
     # --- the runtime's side -----------------------------------------------------------------------------
 
-    async def run(self, host: HostApi, api: Api, every_seconds: float) -> None:
+    async def run(self, api: Api, every_seconds: float) -> None:
         """Look until cancelled; ask the API every so often."""
         self._stirred = stirred = asyncio.Event()
         self._loop = loop = asyncio.get_running_loop()
@@ -153,10 +160,10 @@ class Watch:
             while True:
                 with self._lock:
                     watched = list(self._watched.values())
-                self._look(watched, host)
+                self._look(watched)
                 if watched and loop.time() - asked_at >= every_seconds:
                     asked_at = loop.time()
-                    await self._ask(watched, host, api)
+                    await self._ask(watched, api)
                 try:
                     async with asyncio.timeout(LOOK_SECONDS if watched else None):
                         await stirred.wait()
@@ -166,11 +173,12 @@ class Watch:
         finally:
             self._loop = self._stirred = None
 
-    def _look(self, watched: list[_Watched], host: HostApi) -> None:
+    def _look(self, watched: list[_Watched]) -> None:
         heard, self._signal = self._signal, None
         intent = control_intent()
         if intent in LEAVING_INTENTS:
             for each in watched:
+                each.is_told = True
                 each.ticket.detach()
         elif intent == "cancel":
             self._cancel(watched, "the flow run was cancelled")
@@ -184,9 +192,9 @@ class Watch:
 
     def _cancel(self, watched: Iterable[_Watched], reason: str) -> None:
         for each in watched:
-            each.ticket.cancel(reason)
+            each.tell(reason)
 
-    async def _ask(self, watched: list[_Watched], host: HostApi, api: Api) -> None:
+    async def _ask(self, watched: list[_Watched], api: Api) -> None:
         """Ask Prefect whether somebody cancelled a flow run that we have jobs for."""
         ids = sorted({run for each in watched for run in each.flow_runs})
         try:
@@ -194,7 +202,8 @@ class Watch:
                 reading = partial(_read, [UUID(run) for run in ids[start : start + MOST_RUNS]])
                 for run in await api.once("read flow runs", reading):
                     if run.state is not None and _is_cancelled(run.state):
-                        host.cancel_flow_run(str(run.id), "the flow run was cancelled")
+                        mine = [each for each in watched if str(run.id) in each.flow_runs]
+                        self._cancel(mine, "the flow run was cancelled")
             self._told = False
         except WebApiError as error:
             if not self._told:

@@ -31,8 +31,8 @@ from prefect_webapi.ledger.store import Store
 __all__ = ["perform"]
 
 FLOW_SECONDS = 240.0
-PREFECT_SECONDS = 20.0
-"""How long Prefect's server may take to store the last states: it is some seconds behind."""
+PREFECT_SECONDS = 60.0
+"""How long Prefect's server may take to store the last states: it is seconds behind, more when the machine is busy."""
 _LOOK_SECONDS = 0.4
 _TELL_SECONDS = 2.0
 _WIDE_COLUMNS = 180
@@ -47,15 +47,20 @@ def perform(*, keep: bool, kill_after: float | None) -> int:
     """Run it all; the exit code."""
     folder = Path(tempfile.mkdtemp(prefix="prefect-webapi-quickstart-"))
     console = screen.console(pipe_columns=_WIDE_COLUMNS)
-    code = 1
+    keeps_logs = True
     try:
         with _ending_on(signal.SIGTERM, signal.SIGHUP), Processes(folder) as processes:
             code = asyncio.run(_perform(Performance(console, processes, folder), keep, kill_after))
+        keeps_logs = code != 0
+    except (KeyboardInterrupt, SystemExit):
+        keeps_logs = False
+        console.print("Broken off; all processes have ended.", style="yellow")
+        raise
     finally:
-        if code == 0:
-            shutil.rmtree(folder, ignore_errors=True)
-        else:
+        if keeps_logs:
             console.print(f"The logs of all processes are in {folder}", style="dim")
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
     return code
 
 
@@ -235,19 +240,17 @@ class Performance:
         loop = asyncio.get_running_loop()
         leave = asyncio.Event()
         loop.add_signal_handler(signal.SIGINT, leave.set)
-        self._console.print("\nBoth servers stay up until Ctrl-C. The flow run in Prefect's UI:")
-        self._console.print(f"  {stage.ui_url}", style="bold", soft_wrap=True)
         self._console.print(
-            f"Its jobs: prefect-webapi jobs list, with\n  {_ledger_setting(stage)}", soft_wrap=True
+            f"\nBoth servers stay up until Ctrl-C. The flow run in Prefect's UI:\n  {stage.ui_url}\n\n"
+            "To use them from another terminal:",
+            soft_wrap=True,
         )
+        for name, value in stage.for_others.items():
+            self._console.print(f"  export {name}={value}", soft_wrap=True, highlight=False)
         try:
             await leave.wait()
         finally:
             loop.remove_signal_handler(signal.SIGINT)
-
-
-def _ledger_setting(stage: Stage) -> str:
-    return f"PREFECT_INTEGRATIONS_WEBAPI_LEDGER_URL={stage.ledger_url}"
 
 
 def _counts(records: Sequence[Record], states: Mapping[str, str]) -> str:

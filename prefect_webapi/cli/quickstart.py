@@ -24,7 +24,7 @@ def quickstart(
         float | None,
         Parameter(
             validator=Number(gt=0, lte=600),
-            help="Kill the flow process (SIGKILL) so many seconds after its first job, then run the same flow run again.",
+            help="Kill the flow process (SIGKILL) so many seconds after its first job; run the same flow run again.",
         ),
     ] = None,
 ) -> int:

@@ -24,8 +24,9 @@ __all__ = ["CONNECTION", "QUOTA", "QuickstartFailed", "Stage", "flow_file"]
 
 QUOTA = 5
 CONNECTION = "quickstart"
-READY_SECONDS = 120.0
-_ASK_SECONDS = 10.0
+READY_SECONDS = 240.0
+_LEDGER_URL = "PREFECT_INTEGRATIONS_WEBAPI_LEDGER_URL"
+_ASK_SECONDS = 30.0
 
 _straight = urllib.request.build_opener(
     urllib.request.ProxyHandler({})
@@ -95,6 +96,12 @@ class Stage:
     def ui_url(self) -> str:
         """Address of the flow run in Prefect's UI."""
         return f"{self._prefect_url}/runs/flow-run/{self.flow_run or ''}"
+
+    @property
+    def for_others(self) -> dict[str, str]:
+        """Environment variables that let other processes use the same servers and the same ledger."""
+        ours = self._environment()
+        return {name: ours[name] for name in ("PREFECT_API_URL", _LEDGER_URL)}
 
     async def ready(self) -> None:
         """Wait until both servers answer and the flow is about to run.
@@ -178,7 +185,7 @@ class Stage:
             "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "false",
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
             "PREFECT_TELEMETRY_ENABLED": "false",
-            "PREFECT_INTEGRATIONS_WEBAPI_LEDGER_URL": self.ledger_url,
+            _LEDGER_URL: self.ledger_url,
         }
 
 

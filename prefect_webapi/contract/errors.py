@@ -12,13 +12,13 @@ WebApiError
 │   └── HandleNotStorable             a handle that can't be kept or may hold a secret
 ├── RemoteError                       plugin authors raise these
 │   ├── RemoteSystemError             network, time-out, 5xx: repeated
+│   │   └── OutcomeUnknown            sent, no usable answer
 │   ├── Throttled                     slow down: repeated, never counted as a failure
 │   ├── RemoteUserError               the request is wrong: never repeated
 │   │   └── BadTaskSpecification      known before any request was made
 │   ├── AuthError                     401, 403: repeated once with fresh credentials
 │   ├── NotFound                      no such job
-│   ├── AlreadyExists                 create met a job under our key
-│   └── OutcomeUnknown                sent, no usable answer
+│   └── AlreadyExists                 create met a job under our key
 ├── LedgerError
 │   ├── LedgerConflict                somebody else owns the record now
 │   ├── LedgerFormatTooNew            written by a newer version
@@ -276,8 +276,8 @@ class AlreadyExists(RemoteError):
         self.fingerprint = fingerprint
 
 
-class OutcomeUnknown(RemoteError):
-    """The request was sent and no usable answer came: the job may or may not exist."""
+class OutcomeUnknown(RemoteSystemError):
+    """The request was sent and no usable answer came: what it did is not known."""
 
 
 # --- ledger ----------------------------------------------------------------------------------

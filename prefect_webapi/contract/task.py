@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import NoneType
 from typing import Any, Generic, NewType, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -39,7 +40,7 @@ def result_type(spec: type[JobSpec[Any]]) -> Any:
     for cls in spec.__mro__:
         meta: Mapping[str, Any] = getattr(cls, "__pydantic_generic_metadata__", {})
         if meta.get("origin") is JobSpec:
-            return meta["args"][0]
+            return NoneType if meta["args"][0] is None else meta["args"][0]
     return Any
 
 

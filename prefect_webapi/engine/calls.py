@@ -16,6 +16,7 @@ from prefect_webapi.contract.errors import (
     AuthError,
     BadTaskSpecification,
     ConfigurationError,
+    OutcomeUnknown,
     RemoteError,
     RemoteSystemError,
     Throttled,
@@ -147,7 +148,7 @@ class Calls:
                 isinstance(error, TimeoutError)
                 and clock.monotonic() - began >= 0.95 * limit.total_seconds()
             ):
-                judged = RemoteSystemError(
+                judged = OutcomeUnknown(
                     f"no answer to {name} within {limit.total_seconds():g} s", code="Timeout"
                 )
             raise judged from error

@@ -113,6 +113,7 @@ class Channels:
         self._tasks = tasks
         self._deliver = deliver
         self._channels: dict[tuple[str, str], Channel] = {}
+        self._locks: dict[tuple[str, str], anyio.Lock] = {}
 
     def __iter__(self) -> Iterator[Channel]:
         return iter(list(self._channels.values()))
@@ -122,22 +123,28 @@ class Channels:
         return self._channels[_key(loaded)]
 
     async def open(self, loaded: Loaded) -> Channel:
-        """The channel of this plugin and connection, brought up to date with `loaded`."""
-        channel = self._channels.get(_key(loaded))
-        if channel is None:
-            poller = Poller(
-                _reading_policy(loaded),
-                _Reading(self._calls, loaded),
-                self._deliver,
-                self._services.clock,
-            )
-            channel = Channel(loaded, poller, Capacity(loaded.config.caching.size), {})
-            self._channels[_key(loaded)] = channel
-            self._tasks.start_soon(poller.run)
-            await self._set_quotas(channel)
-        elif channel.loaded is not loaded:
-            await self._update(channel, loaded)
-        return channel
+        """The channel of this plugin and connection, brought up to date with `loaded`.
+
+        Nobody gets it before its quotas are in force: a job that came in between would count against none.
+        """
+        key = _key(loaded)
+        async with self._locks.setdefault(key, anyio.Lock()):
+            loaded = self._services.plugins.current(loaded)  # it may have waited
+            channel = self._channels.get(key)
+            if channel is None:
+                poller = Poller(
+                    _reading_policy(loaded),
+                    _Reading(self._calls, loaded),
+                    self._deliver,
+                    self._services.clock,
+                )
+                channel = Channel(loaded, poller, Capacity(loaded.config.caching.size), {})
+                await self._set_quotas(channel, loaded)
+                self._channels[key] = channel
+                self._tasks.start_soon(poller.run)
+            elif channel.loaded is not loaded:
+                await self._update(channel, loaded)
+            return channel
 
     async def look_at_blocks(self) -> None:
         """Let edited blocks take effect; live jobs go on."""
@@ -145,9 +152,7 @@ class Channels:
             if channel.loaded.connection.inline:
                 continue
             try:
-                fresh = await self._services.plugins.refresh(channel.loaded)
-                if fresh is not channel.loaded:
-                    await self._update(channel, fresh)
+                await self.open(await self._services.plugins.refresh(channel.loaded))
             except (WebApiError, OSError) as error:
                 logger.warning(
                     "the block of plugin %s can't be read again: %s", channel.loaded.entry.id, error
@@ -159,20 +164,20 @@ class Channels:
         return min((c.poller.policy.longest for c in self._channels.values()), default=None)
 
     async def _update(self, channel: Channel, loaded: Loaded) -> None:
-        channel.loaded = loaded
         channel.poller.policy = _reading_policy(loaded)
         channel.capacity.resize(loaded.config.caching.size)
         self._calls.gate(loaded).configure(
             loaded.config.read_rate_limiter, loaded.config.write_rate_limiter
         )
-        await self._set_quotas(channel)
+        await self._set_quotas(channel, loaded)
+        channel.loaded = loaded
 
-    async def _set_quotas(self, channel: Channel) -> None:
-        wanted = dict(channel.loaded.config.resource_quotas)
+    async def _set_quotas(self, channel: Channel, loaded: Loaded) -> None:
+        wanted = dict(loaded.config.resource_quotas)
         new: list[str] = []
         for namespace, limit in wanted.items():
             if channel.quotas.get(namespace) != limit:
-                name = limit_name(channel.loaded, namespace)
+                name = limit_name(loaded, namespace)
                 await self._services.store.set_quota(name, limit)
                 await self._services.quotas.configure(name, limit)
                 if namespace not in channel.quotas:

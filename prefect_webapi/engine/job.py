@@ -84,6 +84,7 @@ class Job:
         "handle",
         "holds_capacity",
         "is_deleting",
+        "is_finishing",
         "last",
         "lease",
         "loaded",
@@ -95,6 +96,7 @@ class Job:
         "timer",
         "view",
         "watched",
+        "writing",
     )
 
     def __init__(self, record: Record, request: JobRequest, loaded: Loaded, view: TaskView) -> None:
@@ -115,6 +117,8 @@ class Job:
         self.grace: asyncio.TimerHandle | None = None
         self.holds_capacity = False
         self.is_deleting = False
+        self.is_finishing = False
+        self.writing = anyio.Lock()
         self.delete_taken = False
 
     @property
@@ -178,6 +182,11 @@ async def persist(services: Services, job: Job, event: Event, **details: Any) ->
 
 async def try_persist(services: Services, job: Job, event: Event, **details: Any) -> bool:
     """As `persist`; False: the quota's admission count is full and nothing was changed."""
+    async with job.writing:  # a delete and an end may come at once; the second builds on the first
+        return await _persist(services, job, event, details)
+
+
+async def _persist(services: Services, job: Job, event: Event, details: dict[str, Any]) -> bool:
     old = job.record
     state = machine.next_state(old.state, event)
     handle = details.pop("handle", None)

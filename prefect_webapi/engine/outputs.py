@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import dataclass
+from functools import partial
 from types import NoneType
 from typing import Any
 
 from pydantic import ValidationError
 from pydantic_core import to_json
 
-from prefect_webapi.contract.errors import RemoteError, RemoteUserError, WebApiError
+from prefect_webapi.contract.errors import NotFound, RemoteError, RemoteUserError, WebApiError
 from prefect_webapi.contract.phase import PhaseInfo
 from prefect_webapi.contract.plugin import AsyncPlugin, overrides
 from prefect_webapi.contract.task import JobSpec, result_type
@@ -21,6 +22,7 @@ from prefect_webapi.engine.contexts import NOTHING_PUT, StatusView
 from prefect_webapi.engine.evidence import back_off, failure_of
 from prefect_webapi.engine.job import Job
 from prefect_webapi.engine.services import Services
+from prefect_webapi.http import ANSWER_TOO_LARGE
 from prefect_webapi.ledger.records import Outputs
 
 __all__ = ["Collected", "collect", "recall"]
@@ -93,7 +95,12 @@ async def collect(
         )
     if len(data) <= INLINE_BYTES:
         return Collected(info, Outputs(value=json.loads(data)), validated)
-    return Collected(info, Outputs(pointer=await _store(services, job, data)), validated)
+    pointer = await _store(services, job, data)
+    if pointer is None:
+        return Collected(
+            PhaseInfo.system_failure("ResultNotStored", "the result storage took it not in time")
+        )
+    return Collected(info, Outputs(pointer=pointer), validated)
 
 
 async def recall(services: Services, spec: JobSpec[Any], outputs: Outputs | None) -> Any:
@@ -122,17 +129,24 @@ async def _fetch(services: Services, calls: Calls, job: Job, snapshot: Any) -> A
         except RemoteUserError as error:
             return failure_of(error)
         except RemoteError as error:
+            if error.code == ANSWER_TOO_LARGE:
+                return PhaseInfo.failure("OutputSizeExceeded", error.message)
             logger.warning(
                 "fetching the result of job %s failed: %s", job.record.key, error.message
             )
+            if tries == FETCH_TRIES and isinstance(error, NotFound):
+                return PhaseInfo.system_failure(
+                    "ResultExpired",
+                    f"the job succeeded, but the service no longer has its result: {error.message}",
+                )
             if tries == FETCH_TRIES:
                 return failure_of(error)
         await services.clock.sleep(back_off(tries, settings.retry_base, settings.retry_cap))
     raise AssertionError("unreachable")
 
 
-async def _store(services: Services, job: Job, data: bytes) -> str:
-    """Repeated until the storage takes it or the job's deadline ends it: a finished job is never run again."""
+async def _store(services: Services, job: Job, data: bytes) -> str | None:
+    """Repeated until the storage takes it: a finished job is never run again. None: the job was given up first."""
     settings = job.loaded.settings
     tries = 0
     while True:
@@ -141,7 +155,9 @@ async def _store(services: Services, job: Job, data: bytes) -> str:
         except (OSError, WebApiError) as error:
             tries += 1
             logger.warning("storing the result of job %s failed: %s", job.record.key, error)
-        await services.clock.sleep(back_off(tries, settings.retry_base, settings.retry_cap))
+        pause = back_off(tries, settings.retry_base, settings.retry_cap)
+        if not await job.unless_ending(partial(services.clock.sleep, pause)):
+            return None
 
 
 def _allows_none(declared: Any) -> bool:

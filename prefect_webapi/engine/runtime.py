@@ -106,6 +106,7 @@ class Runtime:
                 self._tasks.start_soon(self._read_mail)
                 self._tasks.start_soon(self._observe, seen)
                 self._tasks.start_soon(self._keep_house)
+                self._tasks.start_soon(self._look_at_blocks)
                 ready()
                 await self._stop.wait()
                 self._closing = True
@@ -424,6 +425,7 @@ class Runtime:
 
     def over(self, job: Job, info: PhaseInfo, snapshot: Any = None) -> None:
         """The job was seen ended: what that takes is done beside the reading of others."""
+        job.is_finishing = True
         self._tasks.start_soon(
             self._guarded, job, partial(self._finish, job, info, snapshot=snapshot)
         )
@@ -434,7 +436,7 @@ class Runtime:
         self._let_go(job)
 
     async def _delete(self, job: Job) -> None:
-        if job.record.state.is_over or job.is_deleting:
+        if job.record.state.is_over or job.is_deleting or job.is_finishing:
             return
         job.is_deleting = True
         assert job.ending is not None
@@ -554,10 +556,9 @@ class Runtime:
     # --- housekeeping ---------------------------------------------------------------------
 
     async def _keep_house(self) -> None:
-        """Beat, hear what other processes ask, look at the blocks again."""
+        """Beat, and hear what other processes ask."""
         clock = self._services.clock
         next_beat = clock.monotonic()
-        next_look = clock.monotonic()
         while True:
             await anyio.sleep(HOUSEKEEPING_SECONDS)
             try:
@@ -571,6 +572,13 @@ class Runtime:
             except LedgerError as error:
                 logger.warning("the ledger does not answer: %s", error)
             self._gauge()
+
+    async def _look_at_blocks(self) -> None:
+        """Look at the blocks again. Apart from the beat: whoever keeps them may take a minute to answer."""
+        clock = self._services.clock
+        next_look = clock.monotonic()
+        while True:
+            await anyio.sleep(HOUSEKEEPING_SECONDS)
             every = self._channels.look_every
             if every is not None and clock.monotonic() >= next_look:
                 next_look = clock.monotonic() + every

@@ -16,6 +16,7 @@ from prefect_webapi.contract.errors import (
     HandleNotStorable,
     LedgerUnavailable,
     NotFound,
+    OutcomeUnknown,
     RemoteError,
     Throttled,
 )
@@ -386,7 +387,7 @@ async def _do(services: Services, calls: Calls, job: Job, *, unsent: bool) -> Su
                 max_tries=settings.max_create_attempts,
                 on_unknown="fail",
             )
-            if verdict.then == "stuck" and promise == "at-most-once":
+            if verdict.then == "stuck" and isinstance(error, OutcomeUnknown):
                 return _do_unknown(f"{error.code}: {error.message}")
             if verdict.then != "repeat":
                 return Refused(failure_of(error))

@@ -96,5 +96,9 @@ class Store(Protocol):
     async def runtimes(self) -> Sequence[RuntimeRow]: ...
 
     async def prune(self, before: datetime) -> int:
-        """Delete closed records (and claims without records) last changed before; returns how many."""
+        """Delete closed records (and claims without records) last changed before; returns how many.
+
+        All attempts of a call go together, and nothing of a root run that has changed anything since
+        or has a job that is not closed: its next execution counts on what it finds.
+        """
         ...

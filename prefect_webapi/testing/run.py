@@ -47,14 +47,20 @@ def die_at(place: str) -> None:
 
 def main(arguments: Sequence[str]) -> None:
     """Set time and end as told, then run the script in this process."""
-    parser = argparse.ArgumentParser(prog="python -m prefect_webapi.testing.run", description=__doc__)
-    parser.add_argument("--speed", type=float, default=1.0, help="seconds of the engine's time in a real one")
+    parser = argparse.ArgumentParser(
+        prog="python -m prefect_webapi.testing.run", description=__doc__
+    )
+    parser.add_argument(
+        "--speed", type=float, default=1.0, help="seconds of the engine's time in a real one"
+    )
     parser.add_argument(
         "--epoch",
         type=float,
         help="instant (seconds since 1970) at which both times agree: the same one for processes that share a ledger",
     )
-    parser.add_argument("--kill-at", metavar="KP-nn[:n]", help="die by SIGKILL at the n-th passing of this place")
+    parser.add_argument(
+        "--kill-at", metavar="KP-nn[:n]", help="die by SIGKILL at the n-th passing of this place"
+    )
     parser.add_argument("script", type=Path)
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the script's own")
     given = parser.parse_args(arguments)

@@ -18,7 +18,7 @@ from prefect_webapi._prefect.identity import (
     run_key,
     running_state_of,
 )
-from tests.support.prefect import PrefectServer, Scripts
+from tests.support.prefect import PrefectServer, Scripts, prefect_leaks
 
 
 @task
@@ -107,7 +107,7 @@ def test_subflows_and_enclosing_tasks_are_levels(prefect_api: PrefectServer) -> 
     assert dict(chain.levels) == dict([seen["task"], seen["inner"], seen["middle"]])
 
 
-@pytest.mark.usefixtures("prefect_leaks")
+@prefect_leaks
 def test_threads_and_gathered_tasks_see_the_same_chain(prefect_api: PrefectServer) -> None:
     """CASE-265."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -30,7 +30,7 @@ from prefect_webapi.ledger.records import Record
 from prefect_webapi.ledger.sql import SqlStore
 from prefect_webapi.limiter import Gates
 from prefect_webapi.metrics import Metrics
-from prefect_webapi.quotas import Busy, Quotas, SlotLease
+from prefect_webapi.quotas import Busy, Quotas, SlotLease, Slots
 from prefect_webapi.registry import Connection, Plugins, Registry, digest
 from prefect_webapi.testing import EmbeddedJobServer
 from prefect_webapi_jobserver import JobServer
@@ -160,6 +160,7 @@ def engine(
     store: type[SqlStore] = SqlStore,
     outputs: OutputStore | None = None,
     metrics: Metrics | None = None,
+    slots: Callable[[Clock], Slots] = LocalSlots,
 ) -> Generator[Host]:
     """A host over a ledger in `folder`; closed in order at the end."""
     connections = GivenConnections(blocks)
@@ -177,7 +178,7 @@ def engine(
             store=store(ledger_url or f"sqlite+aiosqlite:///{folder}/webapi.db", clock=clock),
             plugins=Plugins(registry, connections, metrics=counts, clock=clock),
             gates=Gates(clock, counts),
-            quotas=Quotas(LocalSlots(clock), clock=clock, metrics=counts),
+            quotas=Quotas(slots(clock), clock=clock, metrics=counts),
             secrets=NoSecrets(),
             outputs=outputs or FolderOutputs(folder / "outputs"),
             metrics=counts,
@@ -266,6 +267,7 @@ def at(
     store: type[SqlStore] = SqlStore,
     outputs: OutputStore | None = None,
     metrics: Metrics | None = None,
+    slots: Callable[[Clock], Slots] = LocalSlots,
     **settings: Any,
 ) -> AbstractContextManager[Host]:
     """An engine whose connection `default` is this server, with settings of its own."""
@@ -278,6 +280,7 @@ def at(
         store=store,
         outputs=outputs,
         metrics=metrics,
+        slots=slots,
     )
 
 

@@ -10,13 +10,14 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
 
+from prefect_webapi._prefect.slots import PrefectSlots
 from prefect_webapi.contract.keys import JobKey
 from prefect_webapi.engine.faults import fault_point
 from prefect_webapi.engine.host import Host
@@ -24,7 +25,8 @@ from prefect_webapi.engine.request import Outcome
 from prefect_webapi.testing import EmbeddedJobServer
 from prefect_webapi.testing.run import die_at
 from prefect_webapi_jobserver import ReportJob
-from tests.support.engine import FolderOutputs, Told, at, request
+from tests.support.engine import FolderOutputs, LocalSlots, Told, at, request
+from tests.support.prefect import PrefectServer, pointed_at
 from tests.support.waiting import eventually
 
 __all__ = ["Child", "End", "Work", "carry_out", "child", "hosted"]
@@ -68,9 +70,10 @@ class Work:
     Attributes:
         folder: where the ledger is; server: URL of the job server.
         config, settings: as `at` takes them.
-        cancel: cancel each call as soon as its reporter was told of this phase, or create is at the server.
+        cancel: cancel each call as soon as it is there: waiting for a place, create at the server, or beyond.
         max_attempts: a failure that may be retried is tried again, as Prefect does.
         die_at: `KP-nn[:n]`.
+        prefect: where slots are taken; None: each process has slots of its own.
     """
 
     folder: Path
@@ -82,9 +85,10 @@ class Work:
     settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
     speed: float = 1.0
     epoch: float | None = None
-    cancel: Literal["QUEUED", "WAITING_FOR_RESOURCES", "CREATING"] | None = None
+    cancel: Literal["WAITING", "CREATING", "CREATED"] | None = None
     max_attempts: int = 1
     die_at: str | None = None
+    prefect: PrefectServer | None = None
 
 
 class HalvedOutputs(FolderOutputs):
@@ -117,7 +121,7 @@ async def carry_out(work: Work, host: Host, nth: int) -> End:
         )
         if work.cancel is not None:
             with suppress(AssertionError):  # this call may never come there
-                await eventually(partial(_is_at, work, told), within=5)
+                await eventually(partial(_is_at, work, told), within=30)
                 ticket.cancel("enough")
         outcome = await ticket.outcome()
         if attempt >= work.max_attempts or not outcome.info.may_retry:
@@ -129,22 +133,30 @@ def _is_at(work: Work, told: Told) -> bool:
         server = EmbeddedJobServer()
         server.url = work.server
         return bool(server.log("create"))
-    return work.cancel in told.names
+    if work.cancel == "CREATED":
+        return bool(told.names or told.cancelled)
+    return "WAITING_FOR_RESOURCES" in told.names
 
 
 @contextmanager
 def hosted(work: Work) -> Iterator[Host]:
     """An engine as `work` wants it."""
     outputs = HalvedOutputs(work.folder / "outputs")
-    with at(
-        work.folder,
-        work.server,
-        dict(work.config),
-        speed=work.speed,
-        epoch=work.epoch,
-        outputs=outputs,
-        **work.settings,
-    ) as host:
+    with ExitStack() as stack:
+        if work.prefect is not None:
+            stack.enter_context(pointed_at(work.prefect))
+        host = stack.enter_context(
+            at(
+                work.folder,
+                work.server,
+                dict(work.config),
+                speed=work.speed,
+                epoch=work.epoch,
+                outputs=outputs,
+                slots=LocalSlots if work.prefect is None else PrefectSlots,
+                **work.settings,
+            )
+        )
         yield host
 
 

@@ -20,12 +20,15 @@ import textwrap
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
 import pytest
+
+TestT = TypeVar("TestT", bound=Callable[..., Any])
 
 READY_SECONDS = 100
 STOP_SECONDS = 20
@@ -169,7 +172,7 @@ def _session_process() -> int:
 
 
 @pytest.fixture(scope="session")
-def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrefectServer]:
+def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> PrefectServer:
     """The session's server; shared by all workers, so nobody stops it."""
     base = tmp_path_factory.getbasetemp()
     is_worker = "PYTEST_XDIST_WORKER" in os.environ
@@ -184,9 +187,7 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prefect
             server = PrefectServer(home, free_port(), watched=_session_process())
             server.start()
             note.write_text(json.dumps({"port": server.port}))
-    yield server
-    if not is_worker:
-        server.stop()
+    return server  # its guard ends it, after the last log line of this process was sent
 
 
 @pytest.fixture
@@ -298,17 +299,21 @@ def scripts(prefect_server: PrefectServer, tmp_path: Path) -> Iterator[Scripts]:
 
 
 @pytest.fixture
-def prefect_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
-    """For tests that submit async tasks: Prefect makes a client in such a task's loop and never closes it.
-
-    `prefect.results` asks for the server's default storage with a client that it does not enter; in a loop that
-    ends with the task its socket is left to the garbage collector. It is collected here, so that no other
-    test has to suffer for it.
-    """
-    for known in ("Exception ignored in. <socket", "Exception ignored in. <ssl", "unclosed"):
-        request.node.add_marker(pytest.mark.filterwarnings(f"ignore:{known}"))
+def garbage_collected() -> Iterator[None]:
     yield
     gc.collect()
+
+
+def prefect_leaks(test: TestT) -> TestT:
+    """Marks a test that submits async tasks in this process.
+
+    `prefect.results` asks for the server's default storage with a client that it never enters; in a loop that ends
+    with the task, as that of a submitted async task does, its socket is left to the garbage collector. It is
+    collected at the end of the marked test, so that no other one has to suffer for it.
+    """
+    for known in ("Exception ignored in. <socket", "Exception ignored in. <ssl"):
+        test = pytest.mark.filterwarnings(f"ignore:{known}")(test)
+    return pytest.mark.usefixtures("garbage_collected")(test)
 
 
 @pytest.fixture

@@ -1,0 +1,569 @@
+"""Remote tasks as their users see them: real engine, real job server, real Prefect."""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+import threading
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, cast
+
+import anyio
+import cloudpickle  # pyright: ignore[reportMissingTypeStubs] # it has none
+import pytest
+from prefect import flow, task
+from prefect.cache_policies import INPUTS, NO_CACHE
+from prefect.client.schemas.objects import State, StateType, TaskRun
+from prefect.context import TaskRunContext
+from prefect.exceptions import CancelledRun
+from prefect.states import Failed
+from prefect.task_engine import TaskRunTimeoutError
+from pydantic import HttpUrl, SecretStr
+
+from prefect_webapi import (
+    ConfigurationError,
+    EngineSettings,
+    JobFailed,
+    JobSpec,
+    PluginConfig,
+    RateLimiterConfig,
+    RemoteTask,
+    run_key,
+    sync_task_for,
+    task_for,
+    webapi_task,
+)
+from prefect_webapi._prefect import service
+from prefect_webapi.tasks import may_help, retry_condition
+from prefect_webapi.testing import EmbeddedJobServer
+from prefect_webapi_jobserver import JobServer, Report, ReportJob
+from tests.support.jobserver import TOKEN
+from tests.support.prefect import prefect_leaks
+from tests.support.waiting import eventually, eventually_blocking
+
+RATE = RateLimiterConfig(qps=1000, burst=1000)
+
+pytestmark = pytest.mark.usefixtures("engine_here")
+
+
+@pytest.fixture
+def connection(job_server: EmbeddedJobServer) -> JobServer:
+    return JobServer(
+        base_url=HttpUrl(job_server.url),
+        token=SecretStr(TOKEN),
+        engine=PluginConfig(read_rate_limiter=RATE, write_rate_limiter=RATE),
+        settings=EngineSettings(
+            initial_interval=timedelta(milliseconds=50), retry_base=timedelta(milliseconds=20)
+        ),
+    )
+
+
+@pytest.fixture
+def run(connection: JobServer) -> RemoteTask[..., Any]:
+    return task_for("job-server", ReportJob, name="run", connection=connection)
+
+
+@pytest.fixture
+def run_sync(connection: JobServer) -> RemoteTask[..., Any]:
+    return sync_task_for("job-server", ReportJob, name="run sync", connection=connection)
+
+
+class Seen:
+    """The state in which a task run ended, by a hook-free look: `return_state` of a call."""
+
+    def __init__(self) -> None:
+        self.task_run: TaskRun | None = None
+
+    def note(self) -> None:
+        context = TaskRunContext.get()
+        assert context is not None
+        self.task_run = context.task_run
+
+    @property
+    def state(self) -> State[Any]:
+        assert self.task_run is not None
+        assert self.task_run.state is not None
+        return self.task_run.state
+
+
+def describing(seen: Seen, **spec: Any) -> Callable[[], ReportJob]:
+    """A description that notes the task run it is made in."""
+
+    def describe() -> ReportJob:
+        seen.note()
+        return ReportJob(**spec)
+
+    return describe
+
+
+# --- results and failures -----------------------------------------------------------------------------
+
+
+async def test_a_call_gives_what_the_job_returned(
+    run: RemoteTask[..., Any], job_server: EmbeddedJobServer
+) -> None:
+    @flow
+    async def nightly() -> list[Report]:
+        return list(
+            await asyncio.gather(*(run(day=day, seconds=0.1, result=day) for day in range(3)))
+        )
+
+    assert [report.data for report in await nightly()] == [0, 1, 2]
+    assert job_server.stats().created == 3
+
+
+def test_a_sync_task_in_a_sync_flow_gives_the_same(run_sync: RemoteTask[..., Any]) -> None:
+    """CASE-265."""
+
+    @flow
+    def nightly() -> Report:
+        return run_sync(seconds=0.1, result="x")
+
+    assert nightly().data == "x"
+
+
+def test_a_task_outside_a_flow_works(run_sync: RemoteTask[..., Any]) -> None:
+    """CASE-266."""
+    assert run_sync(seconds=0.1, result=1).data == 1
+
+
+@prefect_leaks
+def test_submit_and_map_give_futures_of_the_result(
+    run: RemoteTask[..., Any], run_sync: RemoteTask[..., Any], job_server: EmbeddedJobServer
+) -> None:
+    @flow
+    def nightly() -> list[Any]:
+        one = run.submit(seconds=0.1, result=1)
+        more = cast(Any, run_sync).map(day=[1, 2], seconds=0.1, result=2)
+        return [one.result().data, *(each.data for each in more.result())]
+
+    assert nightly() == [1, 2, 2]
+    assert job_server.stats().created == 3
+
+
+def test_a_described_task_gets_its_arguments_resolved(connection: JobServer) -> None:
+    """CASE-276."""
+
+    @webapi_task("job-server", connection=connection)
+    def build(day: int, label: str = "none") -> ReportJob:
+        return ReportJob(seconds=0.1, day=day, result=f"{label} {day}")
+
+    @task
+    def pick() -> int:
+        return 7
+
+    @flow
+    def nightly() -> Report:
+        return cast(Any, build).submit(cast(Any, pick).submit(), label="day").result()
+
+    assert nightly().data == "day 7"
+    assert build.name == "build"
+
+
+def test_a_failed_job_raises_and_fails_the_task_under_its_name(connection: JobServer) -> None:
+    """CASE-105, CASE-091."""
+    seen = Seen()
+    fails = webapi_task("job-server", connection=connection)(
+        describing(seen, seconds=0.1, outcome="fail", message="out of memory")
+    )
+    with pytest.raises(JobFailed, match="out of memory") as raised:
+        fails()
+    assert raised.value.retryable
+    assert (seen.state.type, seen.state.name) == (StateType.FAILED, "RetryableFailure")
+    assert "out of memory" in (seen.state.message or "")
+
+
+def test_return_state_gives_the_state(run_sync: RemoteTask[..., Any]) -> None:
+    state = cast(Any, run_sync)(seconds=0.1, outcome="fail", return_state=True)
+    assert state.name == "RetryableFailure"
+    state = cast(Any, run_sync)(seconds=0.1, result=3, return_state=True)
+    assert state.is_completed()
+
+
+def test_a_retryable_failure_is_tried_again_with_a_job_of_its_own(
+    connection: JobServer, job_server: EmbeddedJobServer
+) -> None:
+    """CASE-105."""
+    seen = Seen()
+    flaky = webapi_task("job-server", connection=connection, retries=2)(
+        describing(seen, seconds=0.1, outcome="fail-first")
+    )
+    assert isinstance(flaky(), Report)
+    assert job_server.stats().created == 2
+    assert seen.task_run is not None
+    assert seen.task_run.run_count == 2
+
+
+def test_a_wrong_request_is_not_tried_again(
+    run_sync: RemoteTask[..., Any], job_server: EmbeddedJobServer
+) -> None:
+    """CASE-104."""
+    job_server.fault("create", status=422, times=9)
+    with pytest.raises(JobFailed):
+        run_sync.with_options(retries=2)(seconds=0.1)
+    assert len(job_server.log("create")) == 1
+
+
+def test_a_wrong_spec_is_told_by_field_and_not_tried_again(
+    run_sync: RemoteTask[..., Any], job_server: EmbeddedJobServer
+) -> None:
+    with pytest.raises(ConfigurationError, match=r"seconds: .*-1"):
+        run_sync.with_options(retries=2)(seconds=-1)
+    assert job_server.log() == []
+
+
+def test_a_function_that_describes_nothing_is_told_so(connection: JobServer) -> None:
+    def wrong() -> Any:
+        return "a report"
+
+    decorate: Any = webapi_task("job-server", connection=connection, retries=2)
+    with pytest.raises(
+        ConfigurationError, match=r"must return a JobSpec, and .*wrong returned str"
+    ):
+        decorate(wrong)()
+
+
+def test_the_description_runs_once_per_attempt_and_can_be_tested_by_itself(
+    connection: JobServer,
+) -> None:
+    calls: list[int] = []
+
+    @webapi_task("job-server", connection=connection, retries=1)
+    def build(day: int) -> ReportJob:
+        calls.append(day)
+        return ReportJob(day=day, seconds=0.1, outcome="fail")
+
+    assert cast(Any, build.fn(3)) == ReportJob(day=3, seconds=0.1, outcome="fail")
+    with pytest.raises(JobFailed):
+        build(4)
+    assert calls == [3, 4, 4]
+
+
+# --- identity -------------------------------------------------------------------------------------------
+
+
+def test_equal_calls_are_two_jobs_and_a_second_start_under_a_run_key_meets_them(
+    run_sync: RemoteTask[..., Any], job_server: EmbeddedJobServer
+) -> None:
+    """CASE-282."""
+
+    @flow
+    def nightly() -> list[Any]:
+        return [run_sync(seconds=0.1, result=1) for _ in range(2)]
+
+    with run_key("monday"):
+        nightly()
+        assert job_server.stats().created == 2
+        nightly()
+    assert job_server.stats().created == 2
+    nightly()
+    assert job_server.stats().created == 4
+
+
+def test_an_idempotency_key_meets_one_job_in_every_run(
+    run_sync: RemoteTask[..., Any], job_server: EmbeddedJobServer
+) -> None:
+    pinned = run_sync.with_options(idempotency_key="the one")
+    assert pinned(seconds=0.1, result=1) == pinned(seconds=0.1, result=1)
+    assert job_server.stats().created == 1
+
+
+# --- cancellation -----------------------------------------------------------------------------------------
+
+
+def is_running(job_server: EmbeddedJobServer) -> bool:
+    return job_server.stats().live > 0
+
+
+async def test_a_cancelled_task_deletes_its_job_and_leaves_its_caller_cancelled(
+    connection: JobServer, job_server: EmbeddedJobServer
+) -> None:
+    """CASE-111."""
+    seen = Seen()
+
+    @webapi_task("job-server", connection=connection)
+    async def endless() -> ReportJob:
+        seen.note()
+        return ReportJob(outcome="never")
+
+    @flow
+    async def nightly() -> None:
+        running = asyncio.ensure_future(endless())
+        await eventually(lambda: is_running(job_server), within=20)
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        assert running.cancelled()
+
+    await nightly()
+    assert (seen.state.type, seen.state.name) == (StateType.CANCELLED, "Cancelled")
+    assert job_server.stats().live == 0
+    (request,) = job_server.log("delete")
+    assert "the task was cancelled" in str(request)
+
+
+async def test_a_cancel_scope_around_a_task_deletes_its_job(
+    connection: JobServer, job_server: EmbeddedJobServer
+) -> None:
+    """CASE-111: a scope's cancellation comes again at each await."""
+    seen = Seen()
+
+    @webapi_task("job-server", connection=connection)
+    async def endless() -> ReportJob:
+        seen.note()
+        return ReportJob(outcome="never")
+
+    @flow
+    async def nightly() -> bool:
+        async with anyio.create_task_group() as group:
+            group.start_soon(endless)
+            await eventually(lambda: is_running(job_server), within=20)
+            group.cancel_scope.cancel()
+        return group.cancel_scope.cancelled_caught
+
+    await nightly()
+    assert seen.state.type is StateType.CANCELLED
+    assert job_server.stats().live == 0
+
+
+@pytest.mark.parametrize("colour", ["async", "sync"])
+async def test_a_task_timeout_deletes_the_job_and_ends_as_timed_out(
+    connection: JobServer, job_server: EmbeddedJobServer, colour: str
+) -> None:
+    """CASE-112."""
+    seen = Seen()
+    decorate = webapi_task("job-server", connection=connection, timeout_seconds=1)
+
+    @decorate
+    async def endless() -> ReportJob:
+        seen.note()
+        return ReportJob(outcome="never")
+
+    endless_sync = decorate(describing(seen, outcome="never"))
+    await asyncio.to_thread(service.start, _settings)
+
+    async def call() -> None:
+        if colour == "async":
+            await endless()
+        else:
+            endless_sync()
+
+    with pytest.raises(TaskRunTimeoutError):
+        await call()
+    assert (seen.state.type, seen.state.name) == (StateType.FAILED, "TimedOut")
+    assert job_server.stats().live == 0
+    assert "timeout_seconds=1 passed" in str(job_server.log("delete"))
+
+
+def _settings() -> Any:
+    from prefect_webapi.settings import WebApiSettings
+
+    return WebApiSettings.load()
+
+
+async def test_on_exit_leave_leaves_the_job(
+    connection: JobServer, job_server: EmbeddedJobServer
+) -> None:
+    @webapi_task("job-server", connection=connection, on_exit="leave")
+    async def endless() -> ReportJob:
+        return ReportJob(outcome="never")
+
+    running = asyncio.ensure_future(cast(Any, endless()))
+    await eventually(lambda: is_running(job_server), within=20)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert job_server.stats().live == 1
+    assert job_server.log("delete") == []
+
+
+@prefect_leaks
+def test_submitted_tasks_of_a_cancelled_flow_run_are_stopped(
+    run: RemoteTask[..., Any], run_sync: RemoteTask[..., Any], job_server: EmbeddedJobServer
+) -> None:
+    """CASE-110: a pool's task hears nothing of it from Prefect."""
+    from prefect.client.orchestration import get_client
+    from prefect.runtime import flow_run
+    from prefect.states import Cancelling
+
+    def cancel() -> None:
+        eventually_blocking(lambda: job_server.stats().live == 2, within=20)
+        with get_client(sync_client=True) as client:
+            client.set_flow_run_state(flow_run.id, Cancelling())
+
+    @flow
+    def nightly() -> list[Any]:
+        futures = [each.submit(outcome="never") for each in (run, run_sync)]
+        cancel()
+        for future in futures:
+            future.wait(20)
+        return [future.state for future in futures]
+
+    states = cast(Any, nightly)(return_state=False)
+    assert [state.type for state in states] == [StateType.CANCELLED] * 2
+    assert job_server.stats().live == 0
+    assert "flow run was cancelled" in str(job_server.log("delete"))
+
+
+@prefect_leaks
+def test_a_submitted_task_of_a_flow_that_fails_is_stopped(
+    run_sync: RemoteTask[..., Any], job_server: EmbeddedJobServer
+) -> None:
+    """CASE-126."""
+
+    @flow
+    def nightly() -> None:
+        run_sync.submit(outcome="never")
+        eventually_blocking(lambda: is_running(job_server), within=20)
+        raise ValueError("a sibling failed")
+
+    with pytest.raises(ValueError, match="a sibling"):
+        nightly()
+    assert job_server.stats().live == 0
+
+
+def test_a_flow_that_ends_in_order_lets_its_submitted_tasks_finish(
+    run_sync: RemoteTask[..., Any], job_server: EmbeddedJobServer
+) -> None:
+    """CASE-124."""
+
+    @flow
+    def nightly() -> None:
+        run_sync.submit(seconds=2)
+        eventually_blocking(lambda: is_running(job_server), within=20)
+
+    nightly()
+    assert job_server.log("delete") == []
+    assert [job.state for job in job_server.jobs()] == ["succeeded"]
+
+
+def test_a_job_stopped_by_our_operator_is_a_cancelled_run_to_its_caller(
+    run_sync: RemoteTask[..., Any], job_server: EmbeddedJobServer
+) -> None:
+    with stopped_by_operator(job_server), pytest.raises(CancelledRun, match="operator said so"):
+        run_sync(outcome="never")
+
+
+@contextmanager
+def stopped_by_operator(job_server: EmbeddedJobServer) -> Generator[None]:
+    """Ends the only call of this process as soon as its job lives."""
+
+    def stop() -> None:
+        eventually_blocking(lambda: is_running(job_server), within=20)
+        engine = service.started()
+        assert engine is not None
+        (watched,) = engine.watch._watched.values()  # pyright: ignore[reportPrivateUsage] # the only call
+        watched.ticket.cancel("the operator said so")
+
+    stopper = threading.Thread(target=stop)
+    stopper.start()
+    yield
+    stopper.join()
+
+
+# --- the task object -----------------------------------------------------------------------------------------
+
+
+def test_with_options_keeps_the_class_and_what_was_not_given(connection: JobServer) -> None:
+    base = task_for(
+        "job-server", ReportJob, connection=connection, deadline=timedelta(hours=1), tags=["a"]
+    )
+    changed = base.with_options(name="other", retries=3, on_exit="leave")
+    assert type(changed) is RemoteTask
+    assert (changed.name, changed.retries, changed.tags) == ("other", 3, {"a"})
+    assert (changed.job.on_exit, changed.job.deadline) == ("leave", timedelta(hours=1))
+    assert changed.job.connection is base.job.connection
+    assert (base.retries, base.job.on_exit) == (0, "cancel")
+
+
+def test_options_that_are_fixed_at_definition_are_refused_later() -> None:
+    with pytest.raises(ConfigurationError, match="version: give it where the task is made"):
+        task_for("job-server", ReportJob).with_options(version="2")
+
+
+def test_results_are_not_cached_unless_the_user_says_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """CASE-283."""
+    plain = task_for("job-server", ReportJob)
+    assert plain.cache_policy == NO_CACHE
+    assert plain.with_options(cache_policy=INPUTS).cache_policy == INPUTS
+    keyed = plain.with_options(cache_key_fn=lambda context, inputs: "key")
+    assert keyed.cache_policy not in (NO_CACHE, None)
+    assert caplog.text == ""
+
+
+def test_a_cancelled_task_is_not_cached_under_the_users_policy(
+    run_sync: RemoteTask[..., Any], job_server: EmbeddedJobServer, tmp_path: Path
+) -> None:
+    cached = run_sync.with_options(cache_policy=INPUTS, persist_result=True)
+
+    with stopped_by_operator(job_server), pytest.raises(CancelledRun):
+        cached(seconds=5, message=str(tmp_path))
+    assert isinstance(cached(seconds=5, message=str(tmp_path)), Report)
+    assert job_server.stats().created == 2
+
+
+def test_a_pickled_task_holds_no_secret_and_says_so_when_it_needs_one(
+    connection: JobServer,
+) -> None:
+    """CASE-231."""
+    described = task_for("job-server", ReportJob, connection=connection)
+    data: bytes = cast(Any, cloudpickle).dumps(described)
+    assert TOKEN.encode() not in data
+    there: RemoteTask[..., Any] = pickle.loads(data)
+    assert type(there) is RemoteTask
+    with pytest.raises(ConfigurationError, match="never saved"):
+        asyncio.run(there(seconds=0.1))
+
+
+def test_the_same_function_at_another_place_is_the_same_task() -> None:
+    """REQ-27: edits of the file above it must not make new jobs."""
+
+    def one() -> RemoteTask[[], Any]:
+        @webapi_task("job-server")
+        def build() -> ReportJob:
+            return ReportJob()
+
+        return build
+
+    assert one().job.key == one().job.key
+    assert one().job.key.endswith("build")
+
+
+# --- retries ---------------------------------------------------------------------------------------------------
+
+
+def test_our_condition_reads_the_failure_and_asks_the_users_own_after_it() -> None:
+    """CASE-104."""
+    plain: Any = task_for("job-server", ReportJob)
+    run = TaskRun(task_key="t", dynamic_key="0")
+
+    class Knows(Exception):
+        retryable = False
+
+    assert may_help(plain, run, Failed(data=ValueError()))
+    assert not may_help(plain, run, Failed(data=Knows()))
+    assert not may_help(plain, run, Failed(data=ConfigurationError("wrong")))
+    asked: list[State[Any]] = []
+
+    def own(task: Any, task_run: Any, state: State[Any]) -> bool:
+        asked.append(state)
+        return False
+
+    both = retry_condition(own)
+    assert not both(plain, run, Failed(data=Knows()))
+    assert asked == []
+    assert not both(plain, run, Failed(data=ValueError()))
+    assert len(asked) == 1
+
+
+def test_a_spec_may_be_described_by_any_callable() -> None:
+    def describe(day: int) -> JobSpec[Report]:
+        return ReportJob(day=day)
+
+    assert sync_task_for("job-server", describe).name == "describe"
+    assert task_for("job-server", ReportJob).name == "ReportJob"
