@@ -425,9 +425,7 @@ def classify(error: Exception) -> RemoteError:
     if isinstance(error, httpx.TimeoutException | TimeoutError):
         return OutcomeUnknown(f"no answer in time ({name})", code="Timeout")
     if isinstance(error, httpx.TransportError | ConnectionError):
-        return OutcomeUnknown(
-            f"the connection was lost ({name}: {error})", code="ConnectionLost"
-        )
+        return OutcomeUnknown(f"the connection was lost ({name}: {error})", code="ConnectionLost")
     return RemoteSystemError(f"{name}: {error}", code=name)
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
-from typing import Any, NewType
+from collections.abc import Collection, Iterable, Mapping, Set
+from dataclasses import is_dataclass
+from typing import Any, NewType, cast
 
 from pydantic import BaseModel
 
@@ -54,7 +55,33 @@ def fingerprint_of(task_type: str, connection: str, spec: BaseModel) -> Fingerpr
     Raises:
         pydantic_core.PydanticSerializationError: a field of the spec has no JSON form.
     """
-    return Fingerprint(_sha256([task_type, connection, spec.model_dump(mode="json")]))
+    data = _sets_in_order(spec.model_dump(mode="json"), spec)
+    return Fingerprint(_sha256([task_type, connection, data]))
+
+
+def _sets_in_order(data: Any, value: Any) -> Any:
+    """`data`, the JSON form of `value`, with its sets sorted: another process lists them in another order.
+
+    Where a serialiser of the author's own gave the data another shape, it is taken as it is.
+    """
+    if isinstance(value, BaseModel) or (is_dataclass(value) and not isinstance(value, type)):
+        names = (
+            type(value).model_fields if isinstance(value, BaseModel) else value.__dataclass_fields__
+        )
+        value = {name: getattr(value, name) for name in names}
+        if isinstance(data, dict):
+            known = cast(dict[str, Any], data)
+            return {k: _sets_in_order(v, value[k]) if k in value else v for k, v in known.items()}
+    elif isinstance(value, Mapping) and isinstance(data, dict):
+        known, parts = cast(dict[str, Any], data), cast(Mapping[Any, Any], value).values()
+        if len(known) == len(parts):
+            return {k: _sets_in_order(known[k], v) for k, v in zip(known, parts, strict=True)}
+    elif isinstance(value, list | tuple | Set) and isinstance(data, list):
+        items, parts = cast(list[Any], data), cast(Collection[Any], value)
+        if len(items) == len(parts):
+            items = [_sets_in_order(i, v) for i, v in zip(items, parts, strict=True)]
+        return sorted(items, key=canonical_json) if isinstance(value, Set) else items
+    return cast(Any, data)
 
 
 def base_of(run_key: str, task_key: str, fingerprint: Fingerprint) -> Base:
@@ -98,7 +125,7 @@ def fit_name(name: str, min_length: int, max_length: int) -> str:
     clean = "".join(c if c in _DIGITS else "-" for c in name.lower())
     if clean != name or not clean[:1].isalpha() or len(clean) > max_length:
         kept = f"j-{clean}" if not clean[:1].isalpha() else clean
-        kept = kept[: max_length - _MIN_MAX_LENGTH - 1].rstrip("-")
+        kept = kept[: max(0, max_length - _MIN_MAX_LENGTH - 1)].rstrip("-")
         clean = f"{kept}-{_short_hash(name)}" if kept else _short_hash(name)
     return clean.ljust(min_length, "0")
 
@@ -116,14 +143,3 @@ def lowest_free(taken: Iterable[int]) -> int:
     """The lowest ordinal not in `taken`."""
     numbers = set(taken)
     return next(n for n in range(len(numbers) + 1) if n not in numbers)
-
-
-def json_value(value: Any) -> Any:
-    """`value` as JSON data, for inputs: what pydantic can serialise.
-
-    Raises:
-        pydantic_core.PydanticSerializationError: it has no JSON form.
-    """
-    from pydantic_core import to_jsonable_python
-
-    return to_jsonable_python(value)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from typing import Any, Literal
@@ -23,6 +25,7 @@ from prefect_webapi.contract.errors import (
 )
 from prefect_webapi.contract.phase import PhaseInfo
 from prefect_webapi.contract.plugin import AsyncPlugin, CreateResult, SyncPlugin
+from prefect_webapi.contract.secrecy import scrub
 from prefect_webapi.contract.task import ResourceRequirements
 from prefect_webapi.engine.contexts import DeleteView, GetView, StatusView, TaskView
 from prefect_webapi.engine.services import Services
@@ -54,6 +57,7 @@ class Calls:
     def __init__(self, services: Services) -> None:
         self._services = services
         self._threads: dict[str, anyio.CapacityLimiter] = {}
+        self._in_threads: dict[int, asyncio.Event] = {}
 
     def gate(self, loaded: Loaded) -> Gate:
         now = self._services.plugins.current(loaded)
@@ -102,6 +106,11 @@ class Calls:
         """Send do. The caller has the permit already."""
         return await self._call(loaded, "do", view, permitted=True, timeout=timeout)
 
+    async def until_ended(self, view: TaskView) -> None:
+        """Wait for a blocking call that was dropped: its thread can't be stopped."""
+        if (ended := self._in_threads.get(id(view))) is not None:
+            await ended.wait()
+
     async def outputs(self, loaded: Loaded, view: StatusView) -> Any:
         return await self._call(loaded, "outputs", view)
 
@@ -114,11 +123,14 @@ class Calls:
         permitted: bool = False,
         timeout: timedelta | None = None,
     ) -> Any:
+        refused = self._services.plugins.current(
+            loaded
+        )  # a job may hold one that was replaced long ago
         try:
-            return await self._once(loaded, name, argument, permitted, timeout)
+            return await self._once(refused, name, argument, permitted, timeout)
         except AuthError:
-            await self._services.plugins.refresh(loaded, force=True)
-        return await self._once(loaded, name, argument, False, timeout)
+            await self._services.plugins.refresh(refused, force=True)
+        return await self._once(refused, name, argument, False, timeout)
 
     async def _once(
         self, loaded: Loaded, name: _Name, argument: Any, permitted: bool, timeout: timedelta | None
@@ -138,6 +150,7 @@ class Calls:
                     answer = await self._run(now, partial(getattr(now.plugin, name), argument))
         except (Exception, SystemExit) as error:  # whatever an author's code raises is judged
             judged = self._judged(error)
+            tells_secrets = _mask(judged, now, argument)
             outcome = type(judged).__name__
             if isinstance(judged, Throttled):
                 gate.throttled(op, self._capped(now, judged.retry_after))
@@ -151,7 +164,7 @@ class Calls:
                 judged = OutcomeUnknown(
                     f"no answer to {name} within {limit.total_seconds():g} s", code="Timeout"
                 )
-            raise judged from error
+            raise judged from (None if tells_secrets else error)
         else:
             gate.succeeded(op)
             return answer
@@ -166,7 +179,21 @@ class Calls:
         limiter = self._threads.setdefault(
             loaded.endpoint, anyio.CapacityLimiter(loaded.config.caching.workers)
         )
-        answer = await anyio.to_thread.run_sync(method, abandon_on_cancel=True, limiter=limiter)
+        loop, key, ended = asyncio.get_running_loop(), id(method.args[0]), asyncio.Event()
+
+        def end() -> None:
+            self._in_threads.pop(key, None)
+            ended.set()
+
+        def work() -> Any:
+            try:
+                return method()
+            finally:
+                with suppress(RuntimeError):  # the engine has closed meanwhile
+                    loop.call_soon_threadsafe(end)
+
+        self._in_threads[key] = ended
+        answer = await anyio.to_thread.run_sync(work, abandon_on_cancel=True, limiter=limiter)
         return await answer if inspect.isawaitable(answer) else answer
 
     def _judged(self, error: BaseException) -> RemoteError:
@@ -192,6 +219,17 @@ class Calls:
                 return settings.delete_timeout
             case _:
                 return settings.get_timeout
+
+
+def _mask(error: RemoteError, loaded: Loaded, argument: Any) -> bool:
+    """Take secrets out of a text that people will see: authors make mistakes. Whether there were any."""
+    given = argument.secret_manager.given if isinstance(argument, TaskView | StatusView) else ()
+    masked = scrub(error.message, [loaded.connection.value, *given])
+    if masked == error.message:
+        return False
+    error.message = masked
+    error.args = (masked,)
+    return True
 
 
 def is_sync(loaded: Loaded) -> bool:

@@ -18,10 +18,11 @@ __all__ = ["ask_to_end"]
 logger = logging.getLogger(__name__)
 
 
-async def ask_to_end(services: Services, calls: Calls, job: Job, ending: Ending) -> None:
+async def ask_to_end(services: Services, calls: Calls, job: Job, ending: Ending) -> bool:
     """Write the duty down and send delete until the service has taken it or the job is over.
 
-    That the service took it is not the end: the caller goes on reading the job until it is gone.
+    That the service took it is not the end: the caller goes on reading the job until it is gone. False: the service
+    knows no such job, so it is over, or not to be seen yet.
 
     Raises:
         LedgerConflict: another process owns the job now, and with it the duty.
@@ -44,7 +45,7 @@ async def ask_to_end(services: Services, calls: Calls, job: Job, ending: Ending)
         try:
             await calls.delete(job.loaded, job.handle, ending.reason)
         except NotFound:
-            return  # over or not yet visible: the reads that follow decide
+            return False  # the reads that follow decide
         except RemoteError as error:
             tries += 1
             logger.warning(
@@ -54,4 +55,5 @@ async def ask_to_end(services: Services, calls: Calls, job: Job, ending: Ending)
                 await services.clock.sleep(back_off(tries, settings.retry_base, settings.retry_cap))
         else:
             fault_point("KP-24")
-            return
+            return True
+    return True

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from pydantic import BaseModel
+from pydantic import BaseModel, SecretStr
 
 from prefect_webapi.contract.keys import Fingerprint, JobKey
 from prefect_webapi.contract.task import JobSpec, TaskExecutionMetadata, TaskTemplate, result_type
@@ -73,11 +73,16 @@ class _InputReader:
 
 @dataclass(frozen=True, slots=True)
 class _SecretManager:
+    """`given`: what it handed out, so that it can be kept out of texts."""
+
     secrets: Secrets
     connection: Any
+    given: list[SecretStr] = field(default_factory=list[SecretStr])
 
     async def get(self, key: str, /) -> str:
-        return await self.secrets.get(key, self.connection)
+        value = await self.secrets.get(key, self.connection)
+        self.given.append(SecretStr(value))
+        return value
 
 
 @dataclass(frozen=True, slots=True)

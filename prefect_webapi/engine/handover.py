@@ -19,7 +19,7 @@ from prefect_webapi.ledger.records import JobState, Move, MoveResult, Record, Ru
 from prefect_webapi.quotas import SlotLease
 from prefect_webapi.registry import Loaded
 
-__all__ = ["Others", "hand_out", "take_over"]
+__all__ = ["Others", "take_over"]
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +65,19 @@ class Others:
                 return None
         return call.future.result()
 
+    async def ended(self, record: Record, spec: JobSpec[Any], loaded: Loaded) -> Outcome | None:
+        """What the job that was followed came to; None: it is not over."""
+        now = await self._services.store.get(record.key)
+        if now is None or not now.state.is_over:
+            return None
+        return await self.hand_out(now, spec, loaded)
+
+    async def hand_out(self, record: Record, spec: JobSpec[Any], loaded: Loaded) -> Outcome:
+        """The result that the ledger keeps of a job that is over: no remote call is made."""
+        if record.state is not JobState.CLOSED and not await self.drive(record):
+            await _close(self._services, record)
+        return await _told(self._services, record, spec, loaded)
+
 
 async def take_over(services: Services, record: Record) -> Record | None:
     """Become the owner of a dead process's job (or of one that this process had let go); None: look again."""
@@ -80,10 +93,7 @@ async def take_over(services: Services, record: Record) -> Record | None:
     return await services.store.get(record.key)
 
 
-async def hand_out(
-    services: Services, record: Record, spec: JobSpec[Any], loaded: Loaded
-) -> Outcome:
-    """The result that the ledger keeps of a job that is over: no remote call is made."""
+async def _told(services: Services, record: Record, spec: JobSpec[Any], loaded: Loaded) -> Outcome:
     info = record.details.phase or PhaseInfo.system_failure("Unknown", "the record has no phase")
     value = None
     if info.phase is Phase.SUCCESS:
@@ -94,8 +104,6 @@ async def hand_out(
                 "ResultExpired",
                 f"job {record.key} succeeded, but its stored result is gone; run it again with reuse_results=False",
             )
-    if record.state is not JobState.CLOSED:
-        await _close(services, record)
     return Outcome(
         job_key=record.key,
         fingerprint=record.fingerprint,

@@ -18,7 +18,15 @@ from prefect_webapi.engine.contexts import TaskView
 from prefect_webapi.engine.machine import Event
 from prefect_webapi.engine.request import JobRequest, Outcome
 from prefect_webapi.engine.services import Services
-from prefect_webapi.ledger.records import Details, Lease, Move, MoveResult, Record, Step
+from prefect_webapi.ledger.records import (
+    Details,
+    JobState,
+    Lease,
+    Move,
+    MoveResult,
+    Record,
+    Step,
+)
 from prefect_webapi.poller import Watched
 from prefect_webapi.quotas import SlotLease
 from prefect_webapi.registry import Loaded
@@ -85,6 +93,8 @@ class Job:
         "holds_capacity",
         "is_deleting",
         "is_finishing",
+        "is_left",
+        "is_sending",
         "last",
         "lease",
         "loaded",
@@ -118,12 +128,20 @@ class Job:
         self.holds_capacity = False
         self.is_deleting = False
         self.is_finishing = False
+        self.is_left = False
+        self.is_sending = False
         self.writing = anyio.Lock()
         self.delete_taken = False
 
     @property
     def is_awaited(self) -> bool:
         return any(call.is_waiting for call in self.calls)
+
+    @property
+    def is_creating(self) -> bool:
+        """Whether create (or do), or the search for what it made, is under way."""
+        waits = self.scope is not None and not self.is_sending
+        return self.record.state is JobState.CREATING and not waits
 
     @property
     def slot(self) -> SlotLease | None:
@@ -139,16 +157,24 @@ class Job:
         if not self.steps or self.steps[-1].name != name:
             self.steps.append(Step(name=name, at=at, reason=reason))
 
-    async def unless_ending(self, wait: Callable[[], Awaitable[Any]]) -> bool:
-        """Do `wait()`, dropped as soon as the job shall end. Whether the job is still wanted."""
-        if self.ending is not None:
+    async def unless_ending(
+        self, wait: Callable[[], Awaitable[Any]], *, sends: bool = False
+    ) -> bool:
+        """Do `wait()`, dropped as soon as the job shall end or be left. Whether it is still wanted.
+
+        Args:
+            sends: it sends something: who leaves the job awaits the answer.
+        """
+        if self.ending is not None or (self.is_left and not sends):
             return False
+        self.is_sending = sends
         try:
             with anyio.CancelScope() as self.scope:
                 await wait()
         finally:
             self.scope = None
-        return self.ending is None
+            self.is_sending = False
+        return self.ending is None and (sends or not self.is_left)
 
     def end(self, ending: Ending) -> bool:
         """Note that the job shall end; whether this is news."""
@@ -158,6 +184,12 @@ class Job:
         if self.scope is not None:
             self.scope.cancel()
         return True
+
+    def leave(self) -> None:
+        """Start nothing more for it in this process; what was sent is awaited."""
+        self.is_left = True
+        if self.scope is not None and not self.is_sending:
+            self.scope.cancel()
 
     def stop_timers(self) -> None:
         for timer in (self.timer, self.grace):

@@ -41,6 +41,8 @@ def is_alive(row: RuntimeRow | None, *, me: RuntimeRow, now: datetime) -> bool:
     if row.host != me.host:
         return True
     try:
-        return abs(psutil.Process(row.pid).create_time() - row.born) < _SAME_START_SECONDS
+        process = psutil.Process(row.pid)
+        is_same = abs(process.create_time() - row.born) < _SAME_START_SECONDS
+        return is_same and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from prefect_webapi.contract.errors import LedgerError, NotFound, RemoteError, Throttled
 from prefect_webapi.contract.phase import Phase, PhaseInfo
 from prefect_webapi.contract.plugin import AsyncPlugin
+from prefect_webapi.contract.secrecy import scrub
 from prefect_webapi.engine.channels import Channels
 from prefect_webapi.engine.contexts import GetView, StatusView
 from prefect_webapi.engine.faults import fault_point
@@ -35,6 +36,10 @@ class Driver(Protocol):
 
     def end(self, job: Job, ending: Ending) -> None:
         """The job shall end although it lives."""
+        ...
+
+    def delete(self, job: Job) -> None:
+        """The job lives on although it was to be deleted: its service did not know it then."""
         ...
 
     def part(self, job: Job, info: PhaseInfo) -> None:
@@ -105,7 +110,9 @@ class Observer:
         except LedgerError:
             raise
         except Exception as failure:  # noqa: BLE001 - whatever an author's status raises
-            logger.warning("status of new job %s failed: %r", job.record.key, failure)
+            logger.warning(
+                "status of new job %s failed: %s", job.record.key, self._masked(job, repr(failure))
+            )
             return False
 
     async def judge(self, job: Job, snapshot: Any) -> bool:
@@ -123,12 +130,20 @@ class Observer:
                 fault_point("KP-27")
                 self._driver.end(job, Ending(f"failed but still running: {info.reason}", info))
                 return False
+            if info.cleanup_on_failure and job.is_deleting and not job.delete_taken:
+                return False  # delete is on its way
             self.forget(job)
             self._driver.over(job, info, snapshot)
             return True
+        if job.record.state is JobState.CANCELLING and not job.is_deleting:
+            self._driver.delete(job)
         if info.phase is not Phase.UNDEFINED and job.record.state is JobState.CREATED:
             self._report(job, info)
         return False
+
+    def _masked(self, job: Job, text: str) -> str:
+        """An author's words without the connection's secrets."""
+        return scrub(text, self._services.plugins.current(job.loaded).connection.value)
 
     def _report(self, job: Job, info: PhaseInfo) -> None:
         """Tell people of news; an older answer never takes a phase back."""
@@ -167,18 +182,17 @@ class Observer:
             poller.retry_at(observation.watched, pause)
             return
         self.forget(job)
-        self._driver.over(
-            job,
-            PhaseInfo.system_retryable_failure(
-                "RemoteJobVanished", "the service no longer knows the job"
-            ),
-        )
+        told = "the service no longer knows the job"
+        if job.record.state is JobState.CANCELLING:
+            self._driver.over(job, PhaseInfo.aborted(told))
+        else:
+            self._driver.over(job, PhaseInfo.system_retryable_failure("RemoteJobVanished", told))
 
     def _read_failed(self, job: Job, observation: Observation, error: Exception) -> None:
         poller = self._channels.of(job.loaded).poller
         failures = observation.watched.failures + 1
         code = error.code if isinstance(error, RemoteError) else type(error).__name__
-        told = error.message if isinstance(error, RemoteError) else str(error)
+        told = error.message if isinstance(error, RemoteError) else self._masked(job, str(error))
         self._services.metrics.count("sync_errors_total", plugin=job.record.plugin)
         logger.debug("read %s of job %s failed: %s", failures, job.record.key, code)
         bound = job.loaded.config.caching.max_system_failures

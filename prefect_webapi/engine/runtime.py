@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections import Counter, deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -29,12 +30,12 @@ from prefect_webapi.contract.keys import (
 )
 from prefect_webapi.contract.phase import Phase, PhaseInfo
 from prefect_webapi.engine.adapters import handle_adapter
-from prefect_webapi.engine.calls import Calls, guarantee
+from prefect_webapi.engine.calls import Calls, guarantee, is_sync
 from prefect_webapi.engine.cancel import ask_to_end
 from prefect_webapi.engine.channels import Channel, Channels
 from prefect_webapi.engine.drafts import conflict, draft_for, view_for
 from prefect_webapi.engine.faults import fault_point
-from prefect_webapi.engine.handover import Others, hand_out, take_over
+from prefect_webapi.engine.handover import Others, take_over
 from prefect_webapi.engine.job import Call, Ending, Job, persist
 from prefect_webapi.engine.liveness import BEAT_EVERY
 from prefect_webapi.engine.machine import Event
@@ -69,7 +70,10 @@ OBSERVATIONS = 1_000
 HOUSEKEEPING_SECONDS = 1.0
 FOLLOW_SECONDS = 0.5
 CLOSING_SECONDS = 5.0
-"""How long a closing runtime waits for deletes that it has already written down."""
+"""How long a closing runtime waits for deletes that are a duty already, and for creates that were sent."""
+
+
+SYNC_GRACE_SECONDS = 0.5
 
 
 class Runtime:
@@ -137,10 +141,14 @@ class Runtime:
                 self._inbox.popleft()()
 
     async def _close(self) -> None:
-        """Deletes that are a duty already get a moment; everything else stays as the ledger has it."""
+        """What must not stop half-way gets a moment; everything else stays as the ledger has it."""
+        for job in self._jobs.values():
+            if job.ending is None:
+                job.leave()
         with anyio.move_on_after(CLOSING_SECONDS):
             while any(  # noqa: ASYNC110 - bounded by the scope, and only at the very end
-                job.ending and not job.delete_taken for job in self._jobs.values()
+                job.is_creating or (job.ending and not job.delete_taken)
+                for job in self._jobs.values()
             ):
                 await anyio.sleep(0.05)
 
@@ -189,7 +197,9 @@ class Runtime:
         call.fail(EngineClosed("the call was detached; the job goes on"))
         job = self._job_of(call)
         if job is not None and not job.is_awaited and job.ending is None:
-            self._let_go(job)
+            job.leave()
+            if job.watched is not None:
+                self._let_go(job)
 
     def _end_call(self, call: Call, ending: Ending) -> None:
         if not call.is_waiting:
@@ -225,27 +235,29 @@ class Runtime:
         channel = await self._channels.open(loaded)
         draft = await draft_for(services, self._calls, channel, request)
         fault_point("KP-01")
-        while True:
+        while call.is_waiting:
             drawn = await services.store.intent(draft)
             record = drawn.record
             if record.fingerprint != draft.fingerprint:
                 raise conflict(record)
             known = self._jobs.get(record.key)
-            if known is not None and known.ending is None:
+            if known is not None and known.ending is None and not known.is_left:
                 self._attach(call, known)
                 return
             if known is not None:  # it ends; then this call gets an attempt of its own
                 await self._until_over(known)
-                draft = replace(draft, is_retry=True)
+                draft = replace(draft, is_retry=draft.is_retry or not known.is_left)
                 continue
             if record.state.is_over and not drawn.made:
-                call.answer(await hand_out(services, record, request.spec, loaded))
+                call.answer(await self._others.hand_out(record, request.spec, loaded))
                 return
             if not drawn.made:
                 if await self._others.drive(record):
                     outcome = await self._others.follow(
                         record, call, partial(self._ended.get, call)
                     )
+                    if outcome is None:
+                        outcome = await self._others.ended(record, request.spec, loaded)
                     if outcome is None:
                         continue
                     call.answer(outcome)
@@ -306,10 +318,14 @@ class Runtime:
             )
             job.request.reporter.phase(job.record, info, waiting_for_quota=False)
         job.note("ADMITTED", self._services.clock.now())
-        if not await job.unless_ending(channel.capacity.take) and made:
-            await self._finish(job, PhaseInfo.undefined(), event=_nothing_sent(job.record.state))
+
+        async def be_tracked() -> None:
+            await channel.capacity.take()
+            job.holds_capacity = True
+
+        if not await job.unless_ending(be_tracked) and (made or job.is_left):
+            await self._give_up(job)
             return
-        job.holds_capacity = True
         match job.record.state:
             case JobState.CREATED | JobState.CANCELLING:
                 self._resume(job)
@@ -344,11 +360,17 @@ class Runtime:
             case Answered(info=info):
                 await self._finish(job, info, event=Event.ENDED)
             case GivenUp():
-                event = _nothing_sent(job.record.state)
-                await self._finish(job, PhaseInfo.undefined(), event=event)
+                await self._give_up(job)
             case Stuck(info=info):
                 self._deliver(job, info)
                 self._let_go(job)
+
+    async def _give_up(self, job: Job) -> None:
+        """No longer wanted before anything was sent; or left, then the record stays as it is."""
+        if job.ending is None:
+            self._let_go(job)
+            return
+        await self._finish(job, PhaseInfo.undefined(), event=_nothing_sent(job.record.state))
 
     async def _start(self, job: Job, snapshot: Any) -> None:
         """The job exists: report it, judge what create told, have it read."""
@@ -364,6 +386,8 @@ class Runtime:
             return
         if job.ending is not None:
             await self._delete(job)
+        elif job.is_left:
+            self._let_go(job)
         else:
             fault_point("KP-10")
             self._observer.watch(job)
@@ -407,12 +431,15 @@ class Runtime:
         """Somebody wants the job gone. What has to be done for it depends on where it stands."""
         if job.record.state.is_over or not job.end(ending):
             return
-        grace = job.loaded.settings.cancel_grace.total_seconds()
+        grace = self._services.clock.real(job.loaded.settings.cancel_grace.total_seconds())
+        if is_sync(job.loaded):  # there is nothing that could confirm the end
+            grace = min(grace, SYNC_GRACE_SECONDS)
         job.grace = asyncio.get_running_loop().call_later(
-            self._services.clock.real(grace), self.post, partial(self._grace_over, job)
+            grace, self.post, partial(self._grace_over, job)
         )
         if job.record.state is JobState.CREATED:
-            self._tasks.start_soon(self._guarded, job, partial(self._delete, job))
+            if job.handle is not None:  # else it is about to be read from the record
+                self.delete(job)
         elif job.record.state.job_may_exist and job.scope is None:
             self._tasks.start_soon(self._note_wish, job.record.key, ending.reason)
 
@@ -435,13 +462,17 @@ class Runtime:
         self._deliver(job, info)
         self._let_go(job)
 
+    def delete(self, job: Job) -> None:
+        """The job lives and shall not."""
+        self._tasks.start_soon(self._guarded, job, partial(self._delete, job))
+
     async def _delete(self, job: Job) -> None:
         if job.record.state.is_over or job.is_deleting or job.is_finishing:
             return
         job.is_deleting = True
         assert job.ending is not None
-        await ask_to_end(self._services, self._calls, job, job.ending)
-        job.delete_taken = True
+        job.delete_taken = await ask_to_end(self._services, self._calls, job, job.ending)
+        job.is_deleting = job.delete_taken
         if job.record.state is JobState.CANCELLING:
             self._observer.watch(job, fresh=True)
 
@@ -480,12 +511,15 @@ class Runtime:
         if job.record.state.is_over:
             return
         services = self._services
+        was_ending = job.ending is not None
         collected = Collected(info)
         if info.phase is Phase.SUCCESS:
             fault_point("KP-14")
             collected = await collect(services, self._calls, job, info, snapshot)
             fault_point("KP-16")
         final = collected.info
+        if final is info and not was_ending:
+            job.ending = None  # it was seen over before anybody wanted that
         if job.ending is not None:
             final = job.ending.final(info if info.phase is not Phase.UNDEFINED else None)
         job.note(final.phase.name, final.info.occurred_at or services.clock.now(), final.reason)
@@ -499,10 +533,10 @@ class Runtime:
             last_error=final.reason if final.phase is not Phase.SUCCESS else None,
         )
         fault_point("KP-17")
-        self._jobs.pop(job.record.key, None)
         if final.phase is not Phase.SUCCESS:
             # A failure counts as told before it is told: only so does the next call make a new attempt.
-            await persist(services, job, Event.DELIVERED)
+            with suppress(LedgerConflict):  # another process told it: so do we
+                await persist(services, job, Event.DELIVERED)
         fault_point("KP-19")
         self._deliver(job, final, collected.value)
         await self._settle(job)
@@ -560,7 +594,7 @@ class Runtime:
         clock = self._services.clock
         next_beat = clock.monotonic()
         while True:
-            await anyio.sleep(HOUSEKEEPING_SECONDS)
+            await anyio.sleep(min(HOUSEKEEPING_SECONDS, clock.real(BEAT_EVERY.total_seconds())))
             try:
                 if clock.monotonic() >= next_beat:
                     next_beat = clock.monotonic() + BEAT_EVERY.total_seconds()

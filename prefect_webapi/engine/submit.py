@@ -175,7 +175,7 @@ async def _create(services: Services, calls: Calls, job: Job, *, unsent: bool) -
     failed = 0
     while True:
         if not await job.unless_ending(partial(calls.permit, loaded, "write")):
-            if unsent:
+            if unsent or job.ending is None:
                 return GivenUp()
             if promise == "at-most-once" and not can_find:
                 info = outcome_unknown(job, "it was cancelled meanwhile")
@@ -377,7 +377,7 @@ async def _do(services: Services, calls: Calls, job: Job, *, unsent: bool) -> Su
         fault_point("KP-38")
         try:
             answer: list[PhaseInfo] = []
-            wanted = await job.unless_ending(partial(_send, calls, job, answer))
+            wanted = await job.unless_ending(partial(_send, calls, job, answer), sends=True)
         except RemoteError as error:
             failed += 0 if isinstance(error, Throttled) else 1
             verdict = judge(
@@ -397,6 +397,7 @@ async def _do(services: Services, calls: Calls, job: Job, *, unsent: bool) -> Su
         else:
             if not answer:  # cancelled: the call was dropped, what it did is not known
                 assert not wanted
+                await calls.until_ended(job.view)
                 return Answered(PhaseInfo.aborted("the call was cancelled"))
             info = answer[0]
             if not info.phase.is_terminal:

@@ -14,7 +14,6 @@ from prefect_webapi.clock import Clock
 from prefect_webapi.contract.keys import JobKey
 from prefect_webapi.ledger import schema
 from prefect_webapi.ledger.backend import Backend, Trouble
-from prefect_webapi.ledger.batch import json_rows
 from prefect_webapi.ledger.records import (
     Draft,
     Drawn,
@@ -26,6 +25,7 @@ from prefect_webapi.ledger.records import (
     RuntimeRow,
 )
 from prefect_webapi.ledger.rows import RecordReader, from_micros, micros, plain_text
+from prefect_webapi.ledger.statements import json_rows
 from prefect_webapi.ledger.writer import Writer
 
 __all__ = ["SqlStore"]

@@ -24,6 +24,7 @@ from prefect_webapi.ledger import batch
 from prefect_webapi.ledger.backend import Backend, Trouble
 from prefect_webapi.ledger.records import Draft, Drawn, Move, MoveResult
 from prefect_webapi.ledger.rows import RecordReader
+from prefect_webapi.ledger.statements import Statements
 
 __all__ = ["Writer"]
 
@@ -57,7 +58,7 @@ class Writer:
         self._engine = engine
         self._reader = reader
         self._clock = clock
-        self._statements = batch.Statements(backend.dialect)
+        self._statements = Statements(backend.dialect)
         self._pending: deque[batch.Operation] = deque()
         self._calls: deque[_Call] = deque()
         self._wake = anyio.Event()
@@ -66,7 +67,7 @@ class Writer:
         self._task: asyncio.Task[None] | None = None
 
     @property
-    def statements(self) -> batch.Statements:
+    def statements(self) -> Statements:
         return self._statements
 
     def start(self) -> None:

@@ -100,8 +100,7 @@ async def test_a_waiting_task_run_shows_what_it_waits_for_until_the_saved_block_
     """CASE-136, CASE-140, REQ-76: seen by the API; the block is saved again with a quota of two."""
 
     async def save(jobs: int) -> None:
-        saved = block(job_server, quota(jobs))
-        await asyncio.to_thread(saved.save, connection, overwrite=True)
+        await block(job_server, quota(jobs)).asave(connection, overwrite=True)
 
     limit = f"webapi:job-server:{connection}:default"
     told: list[str] = []
@@ -156,7 +155,7 @@ async def test_a_throttled_create_costs_no_run_and_without_a_quota_there_is_no_l
         report = await run_job.with_options(connection=connection)(seconds=0.1, result="made")
         return str(prefect.runtime.flow_run.id), report
 
-    await asyncio.to_thread(block(job_server).save, connection)
+    await block(job_server).asave(connection)
     job_server.fault("create", status=429, times=5)
     flow_run, report = await one()
     assert report.data == "made"

@@ -131,10 +131,12 @@ class Spec(BaseModel):
     span: timedelta = timedelta(seconds=1.5)
     raw: bytes = b"bytes"
     table: dict[str, int] = {"b": 2, "a": 1}
+    tags: frozenset[str] = frozenset("abcdefgh")
+    points: dict[str, list[frozenset[str]]] = {"x": [frozenset("ijklmnop")]}
 
 
 def test_a_fingerprint_is_the_same_in_every_process() -> None:
-    """CASE-267: pydantic model, dataclass, datetime and bytes, under another hash seed."""
+    """CASE-267: pydantic model, dataclass, datetime, bytes and sets, under another hash seed."""
     code = (
         "from tests.contract.test_keys import Spec, fingerprint_of\n"
         "print(fingerprint_of('type', 'connection', Spec()))"

@@ -4,33 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import time
 from collections import Counter
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 
-from prefect_webapi.ledger.records import JobState, Record
+from prefect_webapi.clock import Clock
+from prefect_webapi.ledger.records import JobState
 from prefect_webapi.testing import EmbeddedJobServer
 from prefect_webapi_jobserver import ReportJob
 from tests.support.engine_child import End, Work, carry_out, child, hosted
-from tests.support.ledger import another_store, sqlite_url
 from tests.support.waiting import eventually
+from tests.support.witness import places_taken, records
 
 QUOTA = {"resourceQuotas": {"default": 2}}
 SPECS = tuple(ReportJob(day=day, seconds=0.15, result=f"report {day}") for day in range(3))
-
-
-async def records(work: Work) -> list[Record]:
-    """What the ledger says, asked by nobody who works on it."""
-    async with another_store(sqlite_url(work.folder / "webapi.db")) as store:
-        return list(await store.select())
-
-
-async def places_taken(work: Work) -> int:
-    async with another_store(sqlite_url(work.folder / "webapi.db")) as store:
-        return sum(row.live for row in await store.quotas())
 
 
 async def run_again(work: Work) -> list[End]:
@@ -62,7 +54,7 @@ async def ends_after_a_kill(work: Work) -> tuple[list[End], set[str]]:
         assert first.code == -signal.SIGKILL
     unknown = {
         record.key
-        for record in await records(work)
+        for record in await records(work.folder)
         if record.state is JobState.CREATING and work.task_type == "neither"
     }
     ends = await run_again(work)
@@ -104,8 +96,10 @@ async def test_every_job_is_made_once_wherever_the_process_dies(
     else:
         assert made.created == len(SPECS)
         assert made.live == 0
-    assert await places_taken(work) == (len(unknown) if quota else 0)
-    assert {r.state for r in await records(work) if r.key not in unknown} == {JobState.CLOSED}
+    assert await places_taken(work.folder) == (len(unknown) if quota else 0)
+    assert {r.state for r in await records(work.folder) if r.key not in unknown} == {
+        JobState.CLOSED
+    }
 
 
 async def test_a_result_that_was_half_written_is_written_again(
@@ -141,7 +135,7 @@ async def test_a_process_dies_while_its_create_is_on_the_way(
         assert len(job_server.log("create")) == 1
     else:
         assert (end.phase, end.data) == ("SUCCESS", "report 0")
-    assert await places_taken(work) == (mood == "neither")
+    assert await places_taken(work.folder) == (mood == "neither")
 
 
 @pytest.mark.parametrize("mood", ["keys", "search"])
@@ -159,20 +153,22 @@ async def test_a_process_dies_between_two_attempts(
     made = job_server.stats()
     assert made.created == 2
     assert not made.duplicates
-    assert await places_taken(work) == 0
+    assert await places_taken(work.folder) == 0
 
 
 ENDLESS = (ReportJob(outcome="never"), ReportJob(day=1, outcome="never"))
 
 
-@pytest.mark.parametrize("place", ["KP-21", "KP-22", "KP-24", "KP-11:6"])
+@pytest.mark.parametrize("place", ["KP-21", "KP-22", "KP-22:5", "KP-24", "KP-11:6"])
 async def test_a_process_dies_while_it_cancels(
     job_server: EmbeddedJobServer, tmp_path: Path, place: str
 ) -> None:
-    """KP-21, KP-22, KP-24, the re-run half of CASE-181, CASE-182 and CASE-184: the delete is made all the same."""
+    """KP-21, KP-22, KP-24, CASE-115, the re-run half of CASE-181, CASE-182, CASE-184: the delete is made."""
     work = work_at(
         job_server, tmp_path, "keys", config=QUOTA, specs=ENDLESS, cancel="CREATED", die_at=place
     )
+    if place == "KP-22:5":  # in the middle of an outage
+        job_server.fault("delete", status=503, times=6)
     if place == "KP-11:6":  # after both deletes were taken: the jobs take their time to die
         slow = tuple(spec.model_copy(update={"dies_in": 1.0}) for spec in ENDLESS)
         work = replace(work, specs=slow)
@@ -181,30 +177,28 @@ async def test_a_process_dies_while_it_cancels(
     assert job_server.stats().created == 2
     assert job_server.stats().live == 0
     assert {job.message for job in job_server.jobs()} == {"enough"}
-    assert await places_taken(work) == 0
+    assert await places_taken(work.folder) == 0
 
 
 async def test_a_process_dies_while_its_delete_is_on_the_way(
     job_server: EmbeddedJobServer, tmp_path: Path
 ) -> None:
     """KP-23, the re-run half of CASE-183: it is sent again, and the second answer does no harm."""
-    work = work_at(
-        job_server, tmp_path, "keys", config=QUOTA, specs=ENDLESS[:1], cancel="CREATED"
-    )
+    work = work_at(job_server, tmp_path, "keys", config=QUOTA, specs=ENDLESS[:1], cancel="CREATED")
     job_server.fault("delete", delay=0.2)
     with child(work) as first:
         await eventually(lambda: job_server.log("delete"), within=30)
         first.signal(signal.SIGKILL)
         assert first.ends() == []
-    [record] = await records(work)
+    [record] = await records(work.folder)
     assert record.state is JobState.CANCELLING
-    assert await places_taken(work) == 1
+    assert await places_taken(work.folder) == 1
     await eventually(lambda: job_server.stats().live == 0, within=5)
     [end] = await run_again(replace(work, cancel=None))
     assert end.phase == "ABORTED"
     assert end.reason.startswith("enough")
     assert len(job_server.log("delete")) == 2
-    assert await places_taken(work) == 0
+    assert await places_taken(work.folder) == 0
 
 
 async def test_a_process_dies_after_giving_up_its_wait_for_a_place(
@@ -223,11 +217,11 @@ async def test_a_process_dies_after_giving_up_its_wait_for_a_place(
     with child(work) as first:
         first.ends()
         assert first.code == -signal.SIGKILL
-    over = [record for record in await records(work) if record.state.is_over]
+    over = [record for record in await records(work.folder) if record.state.is_over]
     assert [record.details.stopped_by_us for record in over] == [True]
     await eventually(lambda: job_server.stats().created == 1, within=5)
     assert not job_server.log("delete")
-    assert await places_taken(work) == 1
+    assert await places_taken(work.folder) == 1
 
 
 @pytest.mark.parametrize("mood", ["keys", "search", "neither"])
@@ -241,7 +235,7 @@ async def test_a_process_dies_after_a_cancel_while_create_is_on_the_way(
         await eventually(lambda: job_server.log("create"), within=30)
 
         async def is_wished() -> bool:
-            return any(record.cancel_reason for record in await records(work))
+            return any(record.cancel_reason for record in await records(work.folder))
 
         await eventually(is_wished, within=5)
         first.signal(signal.SIGKILL)
@@ -255,3 +249,208 @@ async def test_a_process_dies_after_a_cancel_while_create_is_on_the_way(
     assert (end.phase, end.stopped_by_us) == ("ABORTED", True)
     assert job_server.stats().live == 0
     assert [job.message for job in job_server.jobs()] == ["enough"]
+
+
+@pytest.mark.parametrize("max_attempts", [1, 2])
+async def test_a_process_dies_when_contact_is_lost(
+    job_server: EmbeddedJobServer, tmp_path: Path, max_attempts: int
+) -> None:
+    """KP-28, the re-run half of CASE-188: contact is there again, and the job is the same."""
+    work = work_at(
+        job_server,
+        tmp_path,
+        "keys",
+        config={**QUOTA, "caching": {"maxSystemFailures": 1, "resyncInterval": "5s"}},
+        settings={"visibilityDelay": "5s"},
+        specs=(ReportJob(seconds=1.5, result="found"),),
+        max_attempts=max_attempts,
+        speed=10,
+        epoch=time.time(),
+        die_at="KP-28",
+    )
+    job_server.fault("batch", status=500, times=None)
+    job_server.fault("get", status=500, times=None)
+    with child(work) as first:
+        assert first.ends() == []
+        assert first.code == -signal.SIGKILL
+    job_server.clear_faults()
+    [end] = await run_again(work)
+    assert (end.phase, end.data) == ("SUCCESS", "found")
+    assert job_server.stats().created == 1
+    assert not job_server.log("delete")
+    assert await places_taken(work.folder) == 0
+
+
+async def test_a_process_dies_before_it_deletes_what_failed_but_still_runs(
+    job_server: EmbeddedJobServer, tmp_path: Path
+) -> None:
+    """KP-27, the re-run half of CASE-187: the delete is made before the next attempt's create."""
+    work = work_at(
+        job_server,
+        tmp_path,
+        "keys",
+        config=QUOTA,
+        specs=(ReportJob(outcome="never", message="it hangs"),),
+        task_type="cleanup",
+        max_attempts=2,
+        die_at="KP-27",
+    )
+    [end], _ = await ends_after_a_kill(work)
+    assert end.code == "Hangs"
+    assert [e.op for e in job_server.log() if e.op in ("create", "delete")] == [
+        *("create", "delete"),
+        *("create", "delete"),
+    ]
+    assert job_server.stats().live == 0
+    assert await places_taken(work.folder) == 0
+
+
+async def test_a_deadline_runs_on_while_nobody_is_there(
+    job_server: EmbeddedJobServer, tmp_path: Path
+) -> None:
+    """CASE-251: it is counted from the first run's intent, and the job is deleted at once."""
+    work = work_at(
+        job_server,
+        tmp_path,
+        "keys",
+        config=QUOTA,
+        settings={"deadline": "10s"},
+        specs=ENDLESS[:1],
+        speed=10,
+        epoch=time.time(),
+        die_at="KP-11:2",
+    )
+    with child(work) as first:
+        assert first.ends() == []
+    [record] = await records(work.folder)
+    assert record.state is JobState.CREATED
+    assert record.deadline == record.created_at + timedelta(seconds=10)
+    left = Clock(10, epoch=work.epoch)
+    await eventually(lambda: left.now() > record.deadline + timedelta(seconds=5), within=10)
+    [end] = await run_again(work)
+    assert end.code == "Timeout"
+    assert "deadline of 10s exceeded" in end.reason
+    assert len(job_server.log("create")) == 1
+    [job] = job_server.jobs()
+    assert (job.state, job.message) == ("cancelled", "deadline of 10s exceeded")
+    [after] = await records(work.folder)
+    assert after.deadline == record.deadline
+    assert await places_taken(work.folder) == 0
+
+
+@pytest.mark.parametrize("task_type", ["do", "idempotent-do"])
+@pytest.mark.parametrize("in_flight", [False, True])
+async def test_a_process_dies_in_a_synchronous_call(
+    job_server: EmbeddedJobServer, tmp_path: Path, task_type: str, in_flight: bool
+) -> None:
+    """KP-38, the re-run half of CASE-198: only what is declared idempotent is sent again, with the same key."""
+    work = work_at(
+        job_server,
+        tmp_path,
+        "search",
+        config=QUOTA,
+        specs=SPECS[:1],
+        task_type=task_type,
+        die_at=None if in_flight else "KP-38",
+    )
+    job_server.fault("create", delay=0.3)
+    with child(work) as first:
+        if in_flight:
+            await eventually(lambda: job_server.log("create"), within=60)
+            first.signal(signal.SIGKILL)
+        assert first.ends() == []
+        assert first.code == -signal.SIGKILL
+    [end] = await run_again(work)
+    sent = [entry.body["key"] for entry in job_server.log("create")]
+    if task_type == "do":
+        assert end.code == "OutcomeUnknown"
+        assert len(sent) == in_flight
+    else:
+        assert (end.phase, end.data) == ("SUCCESS", "report 0")
+        assert sent == [end.job_key] * (1 + in_flight)
+    assert await places_taken(work.folder) == 0
+
+
+# --- several processes that live ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("outcome", ["succeed", "fail"])
+async def test_two_processes_of_one_run_share_their_jobs(
+    job_server: EmbeddedJobServer, tmp_path: Path, outcome: Literal["succeed", "fail"]
+) -> None:
+    """CASE-201, CASE-282: one drives, the other follows, both end with the same."""
+    specs = tuple(
+        ReportJob(day=day, seconds=1, outcome=outcome, result=f"report {day}") for day in range(3)
+    )
+    work = work_at(job_server, tmp_path, "keys", config=QUOTA, specs=specs)
+    with child(work) as first, child(replace(work, execution="execution-2")) as second:
+        one, two = first.ends(), second.ends()
+    assert [end.phase for end in one] == [
+        "SUCCESS" if outcome == "succeed" else "RETRYABLE_FAILURE"
+    ] * 3
+    assert one == two
+    assert job_server.stats().created == 3
+    assert len(job_server.log("create")) == 3
+    assert await places_taken(work.folder) == 0
+
+
+async def test_a_follower_takes_over_when_the_driver_is_killed(
+    job_server: EmbeddedJobServer, tmp_path: Path
+) -> None:
+    """CASE-201: and no job is made twice."""
+    specs = tuple(ReportJob(day=day, outcome="never", result=f"report {day}") for day in range(2))
+    work = work_at(job_server, tmp_path, "keys", config=QUOTA, specs=specs)
+    with child(work) as first:
+        await eventually(lambda: len(job_server.log("batch")) > 2, within=60)
+        owners = {record.runtime for record in await records(tmp_path)}
+        with child(replace(work, execution="execution-2")) as second:
+            await eventually(lambda: second.said("following it") >= 2, within=30)
+            assert {record.runtime for record in await records(tmp_path)} == owners
+            first.signal(signal.SIGKILL)
+            assert first.ends() == []
+
+            async def is_taken_over() -> bool:
+                return not owners & {record.runtime for record in await records(tmp_path)}
+
+            await eventually(is_taken_over, within=10)
+            for job in job_server.jobs():
+                job_server.end(job.name, "succeeded")
+            ends = second.ends()
+    assert [(end.phase, end.data) for end in ends] == [
+        ("SUCCESS", f"report {day}") for day in range(2)
+    ]
+    assert job_server.stats().created == 2
+    assert not job_server.log("delete")
+    assert await places_taken(tmp_path) == 0
+
+
+async def test_an_owner_that_slept_loses_to_its_successor_and_stops_quietly(
+    job_server: EmbeddedJobServer, tmp_path: Path
+) -> None:
+    """KP-33, the re-run half of CASE-193: awake again it takes what its successor got."""
+    specs = (ReportJob(outcome="never", result="report 0"),)
+    work = work_at(
+        job_server, tmp_path, "keys", config=QUOTA, specs=specs, speed=20, epoch=time.time()
+    )
+    with child(work) as sleeper:
+        await eventually(lambda: job_server.log("batch"), within=60)
+        [before] = await records(tmp_path)
+        sleeper.signal(signal.SIGSTOP)
+        with child(replace(work, execution="execution-2")) as successor:
+
+            async def is_replaced() -> bool:
+                [record] = await records(tmp_path)
+                return record.fence > before.fence
+
+            await eventually(is_replaced, within=30)
+            job_server.end(before.key, "succeeded")
+            [end] = successor.ends()
+        sleeper.signal(signal.SIGCONT)
+        [same] = sleeper.ends()
+        assert sleeper.code == 0
+        assert sleeper.said("ERROR") == 0
+    assert (end.phase, end.data) == ("SUCCESS", "report 0")
+    assert same == end
+    assert job_server.stats().created == 1
+    assert not job_server.log("delete")
+    assert await places_taken(tmp_path) == 0

@@ -7,7 +7,7 @@ import threading
 import time
 import urllib.request
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -17,7 +17,7 @@ from prefect_webapi import GetContext, Phase, PhaseInfo, StatusContext
 from prefect_webapi.engine.request import Outcome
 from prefect_webapi.metrics import Metrics
 from prefect_webapi.testing import EmbeddedJobServer
-from prefect_webapi_jobserver import JobServerPlugin, ReportJob
+from prefect_webapi_jobserver import ReportJob
 from prefect_webapi_jobserver.models import JobHandle, JobView
 from tests.support.engine import Told, at, request, run
 from tests.support.jobserver import TOKEN
@@ -341,13 +341,11 @@ async def test_one_answer_that_there_is_no_such_job_is_not_believed(
         ticket = host.admit(request(ENDLESS, task_type="single"))
         await eventually(lambda: len(job_server.log("get")) > 3, within=10)
         job_server.fault("get", status=404)
-        asked = len(job_server.log("get"))
         await eventually(
             lambda: 404 in [entry.status for entry in job_server.log("get")[:-1]], within=10
         )
         job_server.end(job_server.jobs()[0].name, "succeeded")
         outcome = await ticket.outcome()
-    assert asked
     assert outcome.info.phase is Phase.SUCCESS
     assert len(job_server.log("create")) == 1
 
@@ -392,7 +390,30 @@ async def test_an_answer_that_is_older_than_the_last_takes_nothing_back(
     assert told.names == ["QUEUED", "RUNNING"]
 
 
-async def test_a_skeleton_plugin_is_read_in_batches_by_default() -> None:
-    """The tests above that read one by one chose to."""
-    assert JobServerPlugin.max_batch > 1
-    assert SinglePlugin.max_batch == 1
+@pytest.mark.parametrize("garbage", ["html", "empty", "truncated", "charset", "huge"])
+async def test_an_answer_that_can_not_be_read_is_a_failed_read(
+    job_server: EmbeddedJobServer,
+    tmp_path: Path,
+    garbage: Literal["html", "empty", "truncated", "charset", "huge"],
+) -> None:
+    """CASE-254: its beginning is in the failure's text."""
+    job_server.fault("get", garbage=garbage)
+    config = {"caching": {"maxSystemFailures": 0}}
+    with at(tmp_path, job_server, config) as host:
+        outcome = await run(host, ENDLESS, "single")
+    assert is_contact_lost(outcome, after=1)
+    assert outcome.info.err is not None
+    assert outcome.info.err.code == ("AnswerTooLarge" if garbage == "huge" else "UnreadableAnswer")
+    assert len(outcome.info.reason) < 500
+
+
+async def test_a_create_whose_answer_can_not_be_read_is_repeated_under_its_key(
+    job_server: EmbeddedJobServer, tmp_path: Path
+) -> None:
+    """CASE-254: the job may have been made."""
+    job_server.fault("create", garbage="truncated", after_acceptance=True)
+    with at(tmp_path, job_server) as host:
+        outcome = await run(host, ReportJob(seconds=0.1), "single")
+    assert outcome.info.phase is Phase.SUCCESS
+    assert [entry.name for entry in job_server.log("create")] == [outcome.job_key] * 2
+    assert job_server.stats().created == 1

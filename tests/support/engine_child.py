@@ -6,6 +6,7 @@ Processes are forked from one that has everything imported, so that dozens of th
 from __future__ import annotations
 
 import asyncio
+import logging
 import multiprocessing
 import os
 import signal
@@ -161,6 +162,7 @@ def hosted(work: Work) -> Iterator[Host]:
 
 
 def _live(sender: Connection, work: Work) -> None:
+    logging.basicConfig(filename=_log_of(work), level=logging.INFO)
     if work.die_at is not None:
         die_at(work.die_at)
 
@@ -175,10 +177,15 @@ def _live(sender: Connection, work: Work) -> None:
     sender.close()
 
 
+def _log_of(work: Work) -> Path:
+    return work.folder / f"{work.execution}.log"
+
+
 class Child:
     """A running process. `ends()` waits for its last word."""
 
     def __init__(self, work: Work) -> None:
+        self._log = _log_of(work)
         self._receiver, sender = _nursery.Pipe(duplex=False)
         self._process = _nursery.Process(target=_live, args=(sender, work))
         self._process.start()
@@ -191,6 +198,10 @@ class Child:
 
     def signal(self, number: signal.Signals) -> None:
         os.kill(self.pid, number)
+
+    def said(self, words: str) -> int:
+        """How often these words are in its log."""
+        return self._log.read_text().count(words) if self._log.exists() else 0
 
     def ends(self, *, within: float = 60.0) -> list[End]:
         """The outcomes that it told before it ended, by whatever cause."""

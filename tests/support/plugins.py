@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from typing import Any, ClassVar
 from urllib.request import Request, urlopen
@@ -99,6 +100,16 @@ class OutputsPlugin(JobServerPlugin):
         return {"uri": job.link, "data": job.result}
 
 
+class CleanupPlugin(JobServerPlugin):
+    """A running job with a message counts as failed although it goes on."""
+
+    def status(self, ctx: StatusContext[JobHandle, JobView]) -> PhaseInfo:
+        job = ctx.resource
+        if job.state == "running" and job.message:
+            return PhaseInfo.retryable_failure("Hangs", job.message, cleanup=True)
+        return super().status(ctx)
+
+
 class DoPlugin(SyncPlugin):
     """One call: makes the job and answers what it was told to."""
 
@@ -131,6 +142,27 @@ class IdempotentDoPlugin(DoPlugin):
     idempotent: ClassVar[bool] = True
 
 
+class BlockingDoPlugin(DoPlugin):
+    """The same with a blocking client."""
+
+    def do(self, ctx: TaskExecutionContext) -> PhaseInfo:  # pyright: ignore[reportIncompatibleMethodOverride] - authors may block
+        job, spec = ctx.task_execution_metadata, ctx.spec(ReportJob)
+        sent = Request(
+            f"{self._connection.base_url}jobs",
+            data=json.dumps(
+                {"spec": spec.model_dump(mode="json"), "key": job.generated_name}
+            ).encode(),
+            headers={
+                "Authorization": f"Bearer {self._connection.token.get_secret_value()}",
+                "Content-Type": "application/json",
+            },
+        )
+        with urlopen(sent, timeout=20) as answer:
+            made = json.load(answer)
+        ctx.output_writer.put({"uri": made["link"], "data": spec.result})
+        return PhaseInfo.success()
+
+
 def entry(kind: type[Any], task_type: str) -> PluginEntry[JobServer]:
     """A plugin entry for tests; its id is its task type."""
     return PluginEntry(
@@ -150,11 +182,18 @@ BLOCKING = entry(BlockingPlugin, "blocking")
 OUTPUTS = entry(OutputsPlugin, "outputs")
 DO = entry(DoPlugin, "do")
 IDEMPOTENT_DO = entry(IdempotentDoPlugin, "idempotent-do")
-ALL = (KEYS, SINGLE, SEARCH, NEITHER, BLOCKING, OUTPUTS, DO, IDEMPOTENT_DO)
+BLOCKING_DO = entry(BlockingDoPlugin, "blocking-do")
+CLEANUP = entry(CleanupPlugin, "cleanup")
+ALL = (
+    *(KEYS, SINGLE, SEARCH, NEITHER, BLOCKING, OUTPUTS, CLEANUP),
+    *(DO, IDEMPOTENT_DO, BLOCKING_DO),
+)
 
 __all__ = [
     "ALL",
     "BLOCKING",
+    "BLOCKING_DO",
+    "CLEANUP",
     "DO",
     "IDEMPOTENT_DO",
     "KEYS",
