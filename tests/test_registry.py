@@ -125,7 +125,9 @@ class Blocks:
     blocks: dict[str, Any]
     looks: int = 0
 
-    async def resolve(self, ref: Any, kind: type[Any], /) -> Connection[Any]:
+    async def resolve(
+        self, ref: Any, kind: type[Any], /, *, fresh: bool = False
+    ) -> Connection[Any]:
         self.looks += 1
         await anyio.lowlevel.checkpoint()
         if isinstance(ref, BaseModel):

@@ -48,7 +48,7 @@ from prefect_webapi_jobserver.models import JobHandle
 from tests.support.engine import at, block, engine, request, run
 from tests.support.jobserver import TOKEN
 from tests.support.plugins import ALL, SinglePlugin, entry
-from tests.support.prefect import PrefectServer
+from tests.support.prefect import PrefectServer, prefect_leaks
 from tests.support.waiting import eventually
 
 
@@ -224,6 +224,7 @@ def connection() -> str:
     return f"secrets-{uuid.uuid4().hex[:8]}"
 
 
+@prefect_leaks
 async def test_secrets_are_looked_up_in_a_secret_block_then_the_connection_then_the_environment(
     engine_here: Path,
     job_server: EmbeddedJobServer,
@@ -244,8 +245,7 @@ async def test_secrets_are_looked_up_in_a_secret_block_then_the_connection_then_
         task = look.with_options(connection=connection, retries=2)
         await task(kind=variable, seconds=0, day=1)
         await task(kind="token", seconds=0, day=2)
-        # Prefect makes a secret of the text.
-        secret = Secret[str](value=canary("secret"))  # pyright: ignore[reportArgumentType]
+        secret: Secret[Any] = Secret.model_validate({"value": canary("secret")})
         await secret.asave(variable.lower().replace("_", "-"))
         await task(kind=variable, seconds=0, day=3)
         with pytest.raises(JobFailed) as failed:
@@ -326,6 +326,7 @@ def everything_logged(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCa
         yield caplog
 
 
+@prefect_leaks
 async def test_a_secret_shows_nowhere_after_runs_that_went_well_and_wrong(
     engine_here: Path,
     prefect_api: PrefectServer,
@@ -359,7 +360,7 @@ async def test_a_secret_shows_nowhere_after_runs_that_went_well_and_wrong(
     async def runs() -> tuple[str, Any]:
         good = run_job.with_options(connection=connection)
         bad = careless.with_options(connection=connection)
-        report = await good(seconds=0, result=mark)
+        report = await good(seconds=0.5, result=mark)  # long enough for its link to be shown
         await failing(good, seconds=0, outcome="fail", message=f"no figures {mark}")
         job_server.fault("create", status=500, echo_authorization=True, times=2)
         await failing(good, seconds=0, day=1)
@@ -377,12 +378,11 @@ async def test_a_secret_shows_nowhere_after_runs_that_went_well_and_wrong(
     async with asyncio.TaskGroup() as group:
         live = group.create_task(run_job.with_options(connection=connection)(outcome="never"))
         await eventually(lambda: job_server.stats().live == 1, within=10)
-        job_server.behave(token=rotated)
         second = with_token(job_server, rotated, no_patience)
         await second.asave(connection, overwrite=True)
+        job_server.behave(token=rotated)
         [job] = [job for job in job_server.jobs() if job.state == "running"]
-        places.add_files("ledger", engine_here)
-        places.add_files("ledger's log", Path(f"{engine_here}-wal"))
+        places.add_files("ledger", engine_here, Path(f"{engine_here}-wal"))
         seen = len(job_server.log())
         await eventually(
             lambda: 200 in {get.status for get in job_server.log(since=seen)}, within=15
@@ -402,12 +402,11 @@ async def test_a_secret_shows_nowhere_after_runs_that_went_well_and_wrong(
 
     assert places.that_have(token) == []
     assert places.that_have(rotated) == []
-    for place in ("ledger", "ledger's log", "states", "logs", "Prefect's files", "traceback"):
+    for place in ("ledger", "states", "logs", "Prefect's files", "traceback"):
         assert place in places.that_have(mark), place
-    assert job.name in places.texts["ledger"] + places.texts["ledger's log"]
-    assert "job-server/" not in places.texts["metrics"]
+    assert job.name in places.texts["ledger"]
     assert 'plugin="careless"' in places.texts["metrics"]
-    assert "Job " in places.texts["artifacts"]
+    assert "/ui/jobs/" in places.texts["artifacts"]
     assert sum("***" in text for text in told) == 6
     assert "no access with" in told[1]
 
@@ -442,8 +441,13 @@ async def _from_prefect(places: Places, flow_run: str, mark: str) -> None:
             places.add("task runs", task_run.model_dump_json())
             for state in await client.read_task_run_states(task_run.id):
                 places.add("states", state.model_dump_json())
-        of_run = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run_id]))
-        for artifact in await client.read_artifacts(artifact_filter=of_run):
+
+        async def links() -> list[Any] | None:
+            of_run = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run_id]))
+            found = await client.read_artifacts(artifact_filter=of_run)
+            return found if any(artifact.type == "markdown" for artifact in found) else None
+
+        for artifact in await eventually(links, within=15, every=0.2):
             places.add("artifacts", artifact.model_dump_json())
 
 

@@ -102,6 +102,7 @@ def describing(seen: Seen, **spec: Any) -> Callable[[], ReportJob]:
 # --- results and failures -----------------------------------------------------------------------------
 
 
+@prefect_leaks
 async def test_a_call_gives_what_the_job_returned(
     run: RemoteTask[..., Any], job_server: EmbeddedJobServer
 ) -> None:
@@ -278,6 +279,7 @@ def is_running(job_server: EmbeddedJobServer) -> bool:
     return job_server.stats().live > 0
 
 
+@prefect_leaks
 async def test_a_cancelled_task_deletes_its_job_and_leaves_its_caller_cancelled(
     connection: JobServer, job_server: EmbeddedJobServer
 ) -> None:
@@ -305,6 +307,7 @@ async def test_a_cancelled_task_deletes_its_job_and_leaves_its_caller_cancelled(
     assert "the task was cancelled" in str(request)
 
 
+@prefect_leaks
 async def test_a_cancel_scope_around_a_task_deletes_its_job(
     connection: JobServer, job_server: EmbeddedJobServer
 ) -> None:

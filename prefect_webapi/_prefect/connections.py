@@ -40,7 +40,7 @@ class BlockConnections:
         self._reads: dict[tuple[str, str], _Read] = {}
         self._reading: dict[tuple[str, str], anyio.Lock] = {}
 
-    async def resolve(self, ref: Any, kind: type[C], /) -> Connection[C]:
+    async def resolve(self, ref: Any, kind: type[C], /, *, fresh: bool = False) -> Connection[C]:
         """The present value behind a document's name (None: `default`), `slug/name`, or a block.
 
         Raises:
@@ -53,9 +53,10 @@ class BlockConnections:
         slug = block_type.get_block_type_slug()
         name = _document(DEFAULT if ref is None else ref, slug)
         key = slug, name
+        oldest = time.monotonic() - (0.0 if fresh else FRESH_SECONDS)
         async with self._reading.setdefault(key, anyio.Lock()):
             read = self._reads.get(key)
-            if read is None or time.monotonic() - read.at > FRESH_SECONDS:
+            if read is None or read.at < oldest:
                 read = _Read(time.monotonic(), await self._read(slug, name, block_type))
                 self._reads[key] = read
         return cast(Connection[C], read.connection)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from prefect.blocks.core import Block
+from prefect.context import AsyncClientContext
 from prefect.filesystems import LocalFileSystem, WritableFileSystem
 from prefect.results import aget_default_result_storage
 
@@ -28,7 +29,9 @@ class ResultStorage:
 
     async def write(self, key: JobKey, data: bytes) -> str:
         try:
-            storage = await aget_default_result_storage()
+            # Prefect asks its server which storage that is, and closes only the context's client.
+            async with AsyncClientContext.get_or_create():
+                storage = await aget_default_result_storage()
             block_id = storage._block_document_id  # pyright: ignore[reportPrivateUsage] # as Prefect's own records keep it
             name = f"{_FOLDER}/{key}.json"
             if block_id is None:

@@ -54,7 +54,7 @@ async def list_jobs(
     if not shown:
         console.print(f"No job in the ledger at {address} matches.", highlight=False)
         return
-    console.print(views.job_table(shown))
+    console.print(views.job_table(shown, columns=console.width))
     if len(records) > limit:
         console.print(f"These are the newest {limit}; --limit shows more.", style="dim")
 

@@ -14,7 +14,7 @@ from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 from typing import Self
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -267,8 +267,8 @@ def _counts(records: Sequence[Record], states: Mapping[str, str]) -> str:
     return ", ".join(f"{words[name]} {name}" for name in names) or "no job yet"
 
 
-def _progress(calls: Sequence[Call], states: Mapping[str, str], counts: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold", title=counts, title_justify="left")
+def _progress(calls: Sequence[Call], states: Mapping[str, str], counts: str) -> Group:
+    table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("job", "attempt", "phase", ""):
         table.add_column(name, no_wrap=True)
     for call in calls:
@@ -282,7 +282,7 @@ def _progress(calls: Sequence[Call], states: Mapping[str, str], counts: str) -> 
             Text(phase, style=views.phase_style(phase)),
             Text(views.why(last), style="dim", overflow="ellipsis"),
         )
-    return table
+    return Group(counts, "", table)
 
 
 def _phase_now(record: Record, states: Mapping[str, str]) -> str:
@@ -327,7 +327,9 @@ def _told(record: Record) -> str:
 
 
 def _phases(call: Call) -> Text:
-    steps = [step for record in call.attempts for step in record.details.steps]
+    steps = [
+        step for record in call.attempts for step in record.details.steps if step.name != "ADMITTED"
+    ]
     text = Text()
     for step in steps:
         name = _SHORT.get(step.name) or step.name.lower().replace("_", " ")

@@ -9,7 +9,6 @@ from datetime import datetime
 from itertools import zip_longest
 from typing import Any, cast
 
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -34,6 +33,10 @@ __all__ = [
 ]
 
 _RESULT_CHARS = 2_000
+_WHY_CHARS = 120
+_MIDDLE_COLUMNS = 110
+_WIDE_COLUMNS = 150
+_KEY_CHARS = 26
 
 _STYLES = {
     "SUCCESS": "green",
@@ -115,24 +118,39 @@ def result_of(record: Record) -> str:
     return "" if outputs.value is None else json.dumps(outputs.value, ensure_ascii=False)
 
 
-def job_table(records: Sequence[Record]) -> Table:
+def job_table(records: Sequence[Record], *, columns: int) -> Table:
+    """A line per job, made for a screen of so many columns: a narrow one gets less, but always whole keys."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("key", "task", "connection", "state", "phase"):
-        table.add_column(name, no_wrap=name in ("key", "state"))
-    table.add_column("attempt", justify="right")
-    table.add_column("made", no_wrap=True)
-    table.add_column("why or result", overflow="ellipsis", no_wrap=True)
+    names = ["key", "task", "state", "phase", "try", "made", "connection"]
+    if columns < _MIDDLE_COLUMNS:
+        names = ["key", "task", "phase"]
+    elif columns < _WIDE_COLUMNS:
+        names = ["key", "task", "state", "phase", "try"]
+    for name in names:
+        table.add_column(
+            name,
+            no_wrap=True,
+            justify="right" if name == "try" else "left",
+            min_width=_KEY_CHARS if name == "key" else None,
+        )
+    table.add_column("why or result", overflow="ellipsis")
     for record in records:
-        phase = last_phase(record)
+        phase = last_phase(record) or ("" if "state" in names else record.state)
+        cells = {
+            "key": record.key,
+            "task": _cut(record.details.task_name or record.task_type, 40),
+            "state": record.state,
+            "phase": phase,
+            "try": str(record.attempt),
+            "made": when(record.created_at),
+            "connection": f"{record.plugin}/{record.connection}",
+        }
         table.add_row(
-            record.key,
-            escape(record.details.task_name or record.task_type),
-            escape(f"{record.plugin}/{record.connection}"),
-            record.state,
-            Text(phase, style=phase_style(phase)),
-            str(record.attempt),
-            when(record.created_at),
-            escape(_cut(why(record) or result_of(record), 120)),
+            *(
+                Text(cells[name], style=phase_style(phase) if name == "phase" else "")
+                for name in names
+            ),
+            Text(_cut(why(record) or result_of(record), _WHY_CHARS)),
         )
     return table
 
@@ -140,7 +158,7 @@ def job_table(records: Sequence[Record]) -> Table:
 def job_page(record: Record, attempts: Sequence[Attempt]) -> Table:
     details = record.details
     phase = last_phase(record)
-    tries = f"creates sent: {details.tries}"
+    tries = f"creates sent: {_creates(record)}"
     deletes = f", deletes sent: {details.delete_tries}" if details.delete_tries else ""
     cancel = record.cancel_reason or ""
     quota = f"{record.quota} ({record.weight} of its places)" if record.quota else ""
@@ -211,7 +229,7 @@ def job_data(record: Record, attempts: Sequence[Attempt] | None = None) -> dict[
         if error is None
         else {"code": error.code, "message": mask_url(error.message), "kind": error.kind},
         "attempt": record.attempt,
-        "creates_sent": details.tries,
+        "creates_sent": _creates(record),
         "deletes_sent": details.delete_tries,
         "cancel_reason": record.cancel_reason,
         "handle": _handle(record),
@@ -248,6 +266,11 @@ def job_data(record: Record, attempts: Sequence[Attempt] | None = None) -> dict[
             for each in attempts
         ]
     return data
+
+
+def _creates(record: Record) -> int:
+    """How often create was sent, as far as the ledger knows: a first one that is answered isn't counted."""
+    return max(record.details.tries, int(record.handle is not None))
 
 
 def _handle(record: Record) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -142,6 +142,7 @@ class Runtime:
 
     async def _close(self) -> None:
         """What must not stop half-way gets a moment; everything else stays as the ledger has it."""
+        self._fail_calls([job for job in self._jobs.values() if job.ending is None])
         for job in self._jobs.values():
             if job.ending is None:
                 job.leave()
@@ -153,11 +154,14 @@ class Runtime:
                 await anyio.sleep(0.05)
 
     def _leave_all(self) -> None:
-        closed = EngineClosed("the process is ending; the job goes on and the next run takes it up")
-        for call in [*self._entering, *(c for job in self._jobs.values() for c in job.calls)]:
-            call.fail(closed)
+        self._fail_calls(list(self._jobs.values()))
         for job in self._jobs.values():
             job.stop_timers()
+
+    def _fail_calls(self, jobs: Sequence[Job]) -> None:
+        closed = EngineClosed("the process is ending; the job goes on and the next run takes it up")
+        for call in [*self._entering, *(call for job in jobs for call in job.calls)]:
+            call.fail(closed)
 
     # --- the way in --------------------------------------------------------------------------
 
@@ -286,6 +290,8 @@ class Runtime:
         if not made and job.record.cancel_reason and job.record.state is not JobState.CANCELLING:
             self.end(job, Ending(job.record.cancel_reason))
         self._set_deadline(job)
+        if not job.is_awaited and job.ending is None:
+            job.leave()  # detached meanwhile
         await self._guarded(job, partial(self._advance, job, channel, made=made))
 
     async def _guarded(self, job: Job, step: Callable[[], Any]) -> None:
@@ -452,6 +458,8 @@ class Runtime:
 
     def over(self, job: Job, info: PhaseInfo, snapshot: Any = None) -> None:
         """The job was seen ended: what that takes is done beside the reading of others."""
+        if job.is_finishing:
+            return
         job.is_finishing = True
         self._tasks.start_soon(
             self._guarded, job, partial(self._finish, job, info, snapshot=snapshot)
@@ -473,7 +481,7 @@ class Runtime:
         assert job.ending is not None
         job.delete_taken = await ask_to_end(self._services, self._calls, job, job.ending)
         job.is_deleting = job.delete_taken
-        if job.record.state is JobState.CANCELLING:
+        if job.record.state is JobState.CANCELLING and not job.is_finishing:
             self._observer.watch(job, fresh=True)
 
     def _grace_over(self, job: Job) -> None:

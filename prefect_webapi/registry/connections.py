@@ -35,8 +35,12 @@ class Connection(Generic[C]):
 class Connections(Protocol):
     """Looks blocks up. The Prefect side brings it."""
 
-    async def resolve(self, ref: Any, kind: type[C], /) -> Connection[C]:
-        """The present value behind a document's name (None: the default one) or a block."""
+    async def resolve(self, ref: Any, kind: type[C], /, *, fresh: bool = False) -> Connection[C]:
+        """The present value behind a document's name (None: the default one) or a block.
+
+        Args:
+            fresh: as it is now, not as it was a moment ago: the value known so far was refused.
+        """
         ...
 
 

@@ -215,7 +215,7 @@ class Plugins:
         connection = loaded.connection
         try:
             if not connection.inline:
-                connection = await self._resolve(loaded.entry, connection.name)
+                connection = await self._resolve(loaded.entry, connection.name, fresh=force)
         except Exception as error:  # noqa: BLE001  the adapter's errors are of any class
             self._warn_once(loaded, error)
             return self.current(loaded)
@@ -270,9 +270,9 @@ class Plugins:
             await self._close_if_idle(before)
         return loaded
 
-    async def _resolve(self, entry: AnyEntry, ref: Any) -> Connection[Any]:
+    async def _resolve(self, entry: AnyEntry, ref: Any, *, fresh: bool = False) -> Connection[Any]:
         try:
-            return await self._connections.resolve(ref, entry.connection)
+            return await self._connections.resolve(ref, entry.connection, fresh=fresh)
         except ValidationError as found:
             error = explain(found, _model(entry.connection), subject=f"connection {ref!r}")
         raise error

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,14 @@ from prefect.exceptions import ObjectNotFound
 
 from prefect_webapi import Phase
 from prefect_webapi._prefect.slots import PrefectSlots
+from prefect_webapi.clock import Clock, use_clock
 from prefect_webapi.engine.host import Host, Ticket
 from prefect_webapi.testing import EmbeddedJobServer
 from prefect_webapi_jobserver import Report, ReportJob, run_job
 from tests.support.engine import at, block, request
 from tests.support.engine_child import Work, child
 from tests.support.ledger import another_store, sqlite_url
-from tests.support.prefect import PrefectServer, pointed_at
+from tests.support.prefect import PrefectServer, pointed_at, prefect_leaks
 from tests.support.waiting import eventually
 
 
@@ -87,23 +88,32 @@ def connection() -> str:
     return f"quota-{uuid.uuid4().hex[:8]}"
 
 
-@flow
-async def endless_jobs(connection: str, jobs: int, told: list[str]) -> list[Report]:
-    told.append(str(prefect.runtime.flow_run.id))
-    job = run_job.with_options(connection=connection)
-    return await asyncio.gather(*(job(day=day, outcome="never") for day in range(jobs)))
+@pytest.fixture
+def hurried() -> Iterator[None]:
+    """Five seconds, the shortest time between two looks at a block, pass in one."""
+    use_clock(Clock(5))
+    yield
+    use_clock(None)
 
 
+@prefect_leaks
 async def test_a_waiting_task_run_shows_what_it_waits_for_until_the_saved_block_makes_room(
-    engine_here: Path, job_server: EmbeddedJobServer, connection: str
+    engine_here: Path, hurried: None, job_server: EmbeddedJobServer, connection: str
 ) -> None:
     """CASE-136, CASE-140, REQ-76: seen by the API; the block is saved again with a quota of two."""
 
     async def save(jobs: int) -> None:
-        await block(job_server, quota(jobs)).asave(connection, overwrite=True)
+        times = {"getTimeout": "10m", "createTimeout": "10m"}
+        await block(job_server, quota(jobs), **times).asave(connection, overwrite=True)
 
     limit = f"webapi:job-server:{connection}:default"
     told: list[str] = []
+
+    @flow
+    async def endless_jobs() -> list[Report]:
+        told.append(str(prefect.runtime.flow_run.id))
+        job = run_job.with_options(connection=connection)
+        return await asyncio.gather(*(job(day=day, outcome="never") for day in range(3)))
 
     async def waiting() -> list[TaskRun]:
         runs = await task_runs(told[0]) if told else []
@@ -111,15 +121,15 @@ async def test_a_waiting_task_run_shows_what_it_waits_for_until_the_saved_block_
 
     await save(1)
     async with asyncio.TaskGroup() as group:
-        running = group.create_task(endless_jobs(connection, 3, told))
+        running = group.create_task(endless_jobs())
         both = await eventually(
             lambda: _when(waiting, lambda runs: len(runs) == 2), within=30, every=0.2
         )
-        assert job_server.stats().created == 1
-        messages = sorted(run.state.message or "" for run in both if run.state)
-        for position, message in enumerate(messages, start=1):
+        await eventually(lambda: job_server.stats().created == 1, within=5)
+        for run in both:
+            assert run.state is not None
             assert re.fullmatch(
-                rf"quota {limit}: limit 1, position {position}, waits for \d+ s", message
+                rf"quota {limit}: limit 1, position \d, waits for \d+ s", run.state.message or ""
             )
         assert all(run.state is not None and run.state.is_pending() for run in both)
         await save(2)
@@ -145,6 +155,7 @@ async def _when(ask: Any, holds: Any) -> Any:
     return (found or True) if holds(found) else None
 
 
+@prefect_leaks
 async def test_a_throttled_create_costs_no_run_and_without_a_quota_there_is_no_limit(
     engine_here: Path, job_server: EmbeddedJobServer, connection: str
 ) -> None:

@@ -131,6 +131,19 @@ def test_jobs_are_listed_newest_first_with_state_phase_and_reason(
     assert '{"rows": 12}' in lines[4]
 
 
+@pytest.mark.parametrize("columns", [80, 120, 160])
+def test_a_narrow_screen_still_shows_whole_keys_tasks_phases_and_why(
+    jobs: Keys, command: Command, monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    lines = command("jobs", "list").out.splitlines()
+    good = next(line for line in lines if jobs.good in line)
+    for told in ("build report", "SUCCESS", '{"rows":'):
+        assert told in good
+    assert "SLOT_REQUESTED" in next(line for line in lines if jobs.waiting in line)
+    assert max(map(len, lines)) <= columns
+
+
 def test_the_list_as_json_has_everything_by_name(jobs: Keys, command: Command) -> None:
     data = command("jobs", "list", "--json").data
     good = next(job for job in data if job["key"] == jobs.good)

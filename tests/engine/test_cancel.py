@@ -277,18 +277,19 @@ async def test_a_call_cancelled_before_anything_sends_nothing(
     assert await places_taken(tmp_path) == 0
 
 
+@pytest.mark.timeout(240)
 async def test_a_thousand_cancelled_jobs_obey_the_write_limiter(
     job_server: EmbeddedJobServer, tmp_path: Path
 ) -> None:
     """CASE-121, REQ-14: and every one of them is gone."""
-    qps, burst = 250, 250
+    qps, burst = 250, 20
     config = {"writeRateLimiter": {"qps": qps, "burst": burst}}
     with at(tmp_path, job_server, config, cancelGrace="1h") as host:
         tickets = [
             host.admit(request(ReportJob(day=n, outcome="never"), task_type="keys"))
             for n in range(1_000)
         ]
-        await eventually(lambda: job_server.stats().live == 1_000, within=60, every=0.2)
+        await eventually(lambda: job_server.stats().live == 1_000, within=90, every=0.2)
         host.cancel_flow_run("run-1", "flow run cancelled")
         outcomes = await asyncio.gather(*(ticket.outcome() for ticket in tickets))
     assert all(map(aborted, outcomes))
@@ -532,8 +533,8 @@ async def test_a_detached_job_is_left_to_the_next_process(
             ticket = host.admit(request(spec, task_type="keys", reporter=told))
             if when == "waiting":
                 await eventually(lambda: "WAITING_FOR_RESOURCES" in told.names, within=5)
-        creates = len(job_server.log("create"))
         ticket.detach()
+        creates = len(job_server.log("create"))
         with pytest.raises(EngineClosed, match="the job goes on"):
             await ticket.outcome()
         if when == "waiting":

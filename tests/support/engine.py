@@ -52,7 +52,9 @@ class GivenConnections:
     def __init__(self, blocks: Mapping[str, Any]) -> None:
         self.blocks = blocks
 
-    async def resolve(self, ref: Any, kind: type[Any]) -> Connection[Any]:
+    async def resolve(
+        self, ref: Any, kind: type[Any], /, *, fresh: bool = False
+    ) -> Connection[Any]:
         value = self.blocks[ref]
         return Connection(name=ref, revision=digest(value), value=value, inline=False)
 

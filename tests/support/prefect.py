@@ -305,11 +305,11 @@ def garbage_collected() -> Iterator[None]:
 
 
 def prefect_leaks(test: TestT) -> TestT:
-    """Marks a test that submits async tasks in this process.
+    """Marks a test that runs an async flow, or submits an async task, in this process.
 
-    `prefect.results` asks for the server's default storage with a client that it never enters; in a loop that ends
-    with the task, as that of a submitted async task does, its socket is left to the garbage collector. It is
-    collected at the end of the marked test, so that no other one has to suffer for it.
+    Prefect leaves one socket open for each (seen with a flow of one plain task): `prefect.results` asks for the
+    server's default storage with a client that it never enters. It is left to the garbage collector, so it is
+    collected at the end of the marked test, and no other one has to suffer for it.
     """
     for known in ("Exception ignored in. <socket", "Exception ignored in. <ssl"):
         test = pytest.mark.filterwarnings(f"ignore:{known}")(test)

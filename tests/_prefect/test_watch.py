@@ -1,0 +1,272 @@
+"""Cancellation that Prefect does not tell a task: signals, the runner's word, a flow that broke off."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import threading
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from types import FrameType
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from prefect import flow, task
+from prefect.client.schemas.objects import StateType
+from prefect.context import FlowRunContext, TaskRunContext
+from prefect.exceptions import TerminationSignal
+from prefect.states import Completed, Failed
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from prefect_webapi._prefect import causes
+from prefect_webapi._prefect.causes import Cause, cause_of, control_intent
+from prefect_webapi._prefect.watch import Watch, cancel_event_of
+from prefect_webapi.testing import EmbeddedJobServer
+from tests.support.jobserver import TOKEN
+from tests.support.prefect import PrefectServer, Scripts
+from tests.support.waiting import eventually, eventually_blocking
+
+
+@dataclass
+class Call:
+    """Stands for a ticket: remembers what it was told."""
+
+    told: list[str] = field(default_factory=lambda: list[str]())
+
+    def cancel(self, reason: str) -> None:
+        self.told.append(reason)
+
+    def detach(self) -> None:
+        self.told.append("detached")
+
+
+# --- private names --------------------------------------------------------------------------------------
+
+
+def test_a_thread_pool_runner_keeps_an_event_per_task_run(prefect_api: PrefectServer) -> None:
+    """The private name `ThreadPoolTaskRunner._cancel_events`."""
+    assert "_cancel_events" in vars(ThreadPoolTaskRunner())
+
+    @task
+    def pooled() -> bool:
+        context = TaskRunContext.get()
+        assert context is not None
+        event = cancel_event_of(context.task_run.id)
+        return isinstance(event, threading.Event) and not event.is_set()
+
+    @flow
+    def run() -> list[bool]:
+        called: Any = pooled
+        return [called(), called.submit().result()]
+
+    assert run() == [False, True]
+    assert cancel_event_of(uuid4()) is None
+
+
+def test_prefects_control_listener_tells_an_intent() -> None:
+    """The private name `prefect._internal.control_listener.get_intent`."""
+    from prefect._internal import attempt_control, control_listener
+
+    assert control_intent() is None
+    assert control_listener.get_intent is causes.get_intent
+    assert {"cancel", "reschedule", "relinquish"} >= set(attempt_control.INTENT_FOR_BYTE.values())
+
+
+def test_a_flow_context_has_a_request_for_suspension() -> None:
+    """The undocumented `FlowRunContext.flow_run_suspension_request`."""
+    assert "flow_run_suspension_request" in FlowRunContext.model_fields
+    assert not causes.is_suspending()
+
+
+# --- causes ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("intent", ["reschedule", "relinquish"])
+def test_a_flow_run_that_goes_on_elsewhere_leaves_its_jobs(
+    intent: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """D11."""
+    monkeypatch.setattr(causes, "control_intent", lambda: intent)
+    assert cause_of(TerminationSignal(signal.SIGTERM)).leaves_job
+
+
+def test_an_interrupt_says_why() -> None:
+    """CASE-122."""
+    assert cause_of(KeyboardInterrupt()) == Cause("the process was interrupted (SIGINT)")
+    assert "SIGTERM" in cause_of(TerminationSignal(signal.SIGTERM)).reason
+    assert cause_of(asyncio.CancelledError()) == Cause("the task was cancelled")
+    heard = cause_of(asyncio.CancelledError(), heard=signal.SIGTERM)
+    assert heard == Cause("the process was asked to end (SIGTERM)")
+
+
+def test_only_a_scope_that_is_over_counts_as_a_timeout(prefect_api: PrefectServer) -> None:
+    later = datetime.now(UTC) + timedelta(minutes=1)
+
+    @task(timeout_seconds=5)
+    async def body() -> tuple[Cause, Cause]:
+        somebody = cause_of(asyncio.CancelledError(), now=later)
+        from prefect._internal.concurrency.cancellation import CancelledError
+
+        return somebody, cause_of(CancelledError(), now=later)
+
+    somebody, scope = asyncio.run(body())
+    assert not somebody.is_task_timeout
+    assert scope == Cause("the task's timeout_seconds=5 passed", is_task_timeout=True)
+
+
+# --- the watch ------------------------------------------------------------------------------------------------------
+
+
+async def test_a_signal_ends_the_calls_of_flows_and_reaches_the_former_handler() -> None:
+    """CASE-111."""
+    seen: list[int] = []
+
+    def former(number: int, frame: FrameType | None) -> None:
+        seen.append(number)
+
+    before = signal.signal(signal.SIGTERM, former)
+    watch, call, outside = Watch(), Call(), Call()
+    runner = asyncio.ensure_future(watch.run(_no_api(), 60))
+    try:
+        await asyncio.sleep(0)
+        forget: Any = watch.add(call, ["11111111-1111-1111-1111-111111111111"], uuid4())  # pyright: ignore[reportArgumentType] # a stand-in
+        watch.add(outside, [""], uuid4())  # pyright: ignore[reportArgumentType] # a stand-in
+        signal.raise_signal(signal.SIGTERM)
+        await eventually(lambda: call.told, within=5)
+        await asyncio.sleep(0.5)
+    finally:
+        runner.cancel()
+        await asyncio.gather(runner, return_exceptions=True)
+        signal.signal(signal.SIGTERM, before)
+    assert call.told == ["the process was asked to end (SIGTERM)"]
+    assert outside.told == []
+    assert seen == [signal.SIGTERM]
+    forget()
+
+
+def _no_api() -> Any:
+    class NoApi:
+        async def once(self, *_: Any) -> list[Any]:
+            return []
+
+    return NoApi()
+
+
+def test_handlers_are_chained_once_and_only_in_the_main_thread() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+
+    def own(number: int, frame: FrameType | None) -> None:
+        return
+
+    former = signal.signal(signal.SIGTERM, own)
+    try:
+        watch = Watch()
+        thread = threading.Thread(target=watch.listen)
+        thread.start()
+        thread.join()
+        assert signal.getsignal(signal.SIGTERM) is own
+        watch.listen()
+        chained = signal.getsignal(signal.SIGTERM)
+        assert chained is not own
+        watch.listen()
+        assert signal.getsignal(signal.SIGTERM) is chained
+    finally:
+        signal.signal(signal.SIGTERM, former)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize(
+    ("ends_as", "told"),
+    [
+        (None, ["the flow run ended"]),  # broken off: no state was set
+        (Failed(), ["the flow run ended"]),
+        (Completed(), []),  # in order, without waiting for its futures
+        ("AwaitingRetry", []),
+    ],
+)
+async def test_the_runners_event_counts_only_for_a_flow_that_did_not_end_in_order(
+    prefect_api: PrefectServer, ends_as: Any, told: list[str]
+) -> None:
+    """CASE-124, CASE-126."""
+    watch, call = Watch(), Call()
+
+    def as_a_flow_ends() -> None:
+        @flow
+        def ending() -> None:
+            context = FlowRunContext.get()
+            assert context is not None
+            assert context.flow_run is not None
+            run = uuid4()
+            events: Any = vars(context.task_runner)["_cancel_events"]
+            events[run] = threading.Event()
+            watch.add(call, [str(context.flow_run.id)], run)  # pyright: ignore[reportArgumentType] # a stand-in
+            before = context.flow_run.state
+            if ends_as == "AwaitingRetry":
+                context.flow_run.state = Failed(name="x")
+                context.flow_run.state.type = StateType.SCHEDULED
+            elif ends_as is not None:
+                context.flow_run.state = ends_as
+            events[run].set()
+            watch._look(list(watch._watched.values()))  # pyright: ignore[reportPrivateUsage] # one step of `run`
+            context.flow_run.state = before
+
+        ending()
+
+    await asyncio.to_thread(as_a_flow_ends)
+    assert call.told == told
+
+
+# --- whole processes --------------------------------------------------------------------------------------------------
+
+SCRIPT = """
+    import asyncio
+    from datetime import timedelta
+    from prefect import flow
+    from pydantic import HttpUrl, SecretStr
+    from prefect_webapi import EngineSettings, sync_task_for, task_for
+    from prefect_webapi_jobserver import JobServer, ReportJob
+
+    connection = JobServer(
+        base_url=HttpUrl("{url}"),
+        token=SecretStr("{token}"),
+        settings=EngineSettings(initial_interval=timedelta(milliseconds=100)),
+    )
+    run = task_for("job-server", ReportJob, name="run", connection=connection)
+    run_sync = sync_task_for("job-server", ReportJob, name="run", connection=connection)
+
+    @flow
+    def submitted():
+        futures = [each.submit(outcome="never") for each in (run, run_sync)]
+        [future.result() for future in futures]
+
+    @flow
+    async def awaited():
+        await asyncio.gather(run(outcome="never"), run(outcome="never"))
+
+    @flow
+    def called():
+        run_sync(outcome="never")
+
+    if __name__ == "__main__":
+        {call}
+"""
+JOBS = {"submitted": 2, "awaited": 2, "called": 1}
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("form", ["submitted", "awaited", "called"])
+def test_a_signal_deletes_the_jobs_and_the_process_ends(
+    scripts: Scripts, job_server: EmbeddedJobServer, form: str, how: signal.Signals
+) -> None:
+    """CASE-111."""
+    call = "asyncio.run(awaited())" if form == "awaited" else f"{form}()"
+    child = scripts.start(SCRIPT.format(url=job_server.url, token=TOKEN, call=call))
+    eventually_blocking(lambda: job_server.stats().live == JOBS[form], within=120)
+    child.send(how)
+    code, told = child.end(within=60)
+    assert code != 0, told
+    assert job_server.stats().live == 0
+    assert len(job_server.log("delete")) == JOBS[form]
+    assert how.name in str(job_server.log("delete")[0])
