@@ -1,7 +1,7 @@
 """Time from the call of a task to the first byte of its create, against a bare task's time to its body.
 
-CASE-067: 100 tasks one after the other on an instant service; the median may be 50 ms above the bare task's, with one ledger
-write before the request.
+CASE-067: 100 tasks one after the other on an instant service; the median may be 50 ms above the bare task's,
+with one ledger write before the request.
 
 Run: `uv run python -m benchmarks.start_to_create [--tasks 100] [--json]` (starts its own Prefect and job server)
 """

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
+from itertools import pairwise
 from typing import Any
 
 import anyio
@@ -83,7 +84,7 @@ class Bench:
 @asynccontextmanager
 async def running(
     policy: ReadingPolicy, reading: Scripted, *, speed: float = 1.0
-) -> AsyncIterator[Bench]:
+) -> AsyncGenerator[Bench]:
     bench = Bench(policy, reading, speed)
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(bench.poller.run)
@@ -111,7 +112,7 @@ async def test_no_gap_leaves_its_bounds() -> None:
         bench.poller.watch("a", "a")
         await eventually(lambda: bench.clock.monotonic() - began > 30, within=5)
         reads = bench.of("a")
-    gaps = [b - a for a, b in zip(reads, reads[1:], strict=False)]
+    gaps = [b - a for a, b in pairwise(reads)]
     assert min(gaps) >= 0.9 * policy.initial
     assert (
         max(gaps) <= 1.1 * policy.longest + 1.0

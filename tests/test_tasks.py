@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import pickle
+import signal
 import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -41,7 +42,7 @@ from prefect_webapi.tasks import may_help, retry_condition
 from prefect_webapi.testing import EmbeddedJobServer
 from prefect_webapi_jobserver import JobServer, Report, ReportJob
 from tests.support.jobserver import TOKEN
-from tests.support.prefect import prefect_leaks
+from tests.support.prefect import Scripts, prefect_leaks
 from tests.support.waiting import eventually, eventually_blocking
 
 RATE = RateLimiterConfig(qps=1000, burst=1000)
@@ -570,3 +571,98 @@ def test_a_spec_may_be_described_by_any_callable() -> None:
 
     assert sync_task_for("job-server", describe).name == "describe"
     assert task_for("job-server", ReportJob).name == "ReportJob"
+
+
+# --- whole processes ---------------------------------------------------------------------------------------------
+
+PREAMBLE = """
+    import sys
+    from datetime import timedelta
+    from uuid import UUID
+
+    from prefect import flow, get_client
+    from prefect.flow_engine import run_flow
+    from prefect.task_runners import ProcessPoolTaskRunner
+    from pydantic import HttpUrl, SecretStr
+
+    from prefect_webapi import EngineSettings, sync_task_for
+    from prefect_webapi_jobserver import JobServer, ReportJob
+
+    run = sync_task_for("job-server", ReportJob, name="run", connection="processes")
+
+    def save_connection():
+        settings = EngineSettings(initial_interval=timedelta(milliseconds=100))
+        JobServer(
+            base_url=HttpUrl("{url}"), token=SecretStr("{token}"), settings=settings
+        ).save("processes", overwrite=True)
+"""
+
+POOL = (
+    PREAMBLE
+    + """
+    @flow(task_runner=ProcessPoolTaskRunner(max_workers=2))
+    def inner():
+        futures = [run.submit(seconds=0.5, result=1) for _ in range(2)]
+        return [future.result().data for future in futures]
+
+    @flow
+    def root():
+        return inner()
+
+    if __name__ == "__main__":
+        save_connection()
+        print("GOT", root())
+"""
+)
+
+KILLED = (
+    PREAMBLE
+    + """
+    @flow
+    def inner():
+        return run(seconds=20, result="inner")
+
+    @flow
+    def root():
+        from prefect.runtime import flow_run
+        print("RUN", flow_run.id, flush=True)
+        equal = [run.submit(seconds=20, result=n // 2) for n in range(4)]
+        return [inner().data, *(future.result().data for future in equal)]
+
+    if __name__ == "__main__":
+        save_connection()
+        if len(sys.argv) > 1:
+            with get_client(sync_client=True) as client:
+                again = client.read_flow_run(UUID(sys.argv[1]))
+            print("GOT", run_flow(root, flow_run=again))
+        else:
+            root()
+"""
+)
+
+
+@pytest.mark.timeout(240)
+def test_equal_calls_in_two_pool_processes_are_two_jobs(
+    scripts: Scripts, job_server: EmbeddedJobServer
+) -> None:
+    """CASE-284."""
+    told = scripts.run(POOL.format(url=job_server.url, token=TOKEN), within=200)
+    assert "GOT [1, 1]" in told
+    assert job_server.stats().created == 2
+
+
+@pytest.mark.timeout(300)
+def test_a_killed_flow_run_meets_its_jobs_when_it_is_run_again(
+    scripts: Scripts, job_server: EmbeddedJobServer
+) -> None:
+    """CASE-280: equal calls, and one in a subflow."""
+    script = scripts.write(KILLED.format(url=job_server.url, token=TOKEN))
+    first = scripts.start(script)
+    eventually_blocking(lambda: job_server.stats().created == 5, within=120)
+    first.send(signal.SIGKILL)
+    _, told = first.end()
+    run_id = told.split("RUN ")[1].split()[0]
+    again = scripts.run(script, run_id, within=200)
+    assert "GOT ['inner', 0, 0, 1, 1]" in again
+    assert job_server.stats().created == 5
+    assert job_server.log("delete") == []

@@ -13,7 +13,6 @@ from typing import Any
 
 from prefect_webapi.contract.errors import (
     AlreadyExists,
-    HandleNotStorable,
     LedgerUnavailable,
     NotFound,
     OutcomeUnknown,
@@ -262,26 +261,31 @@ async def _adopt(
     try:
         text = handle_adapter(job.loaded).dump_json(made.resource_meta).decode()
     except ValueError as error:
-        raise HandleNotStorable(
-            f"the handle of job {job.record.key} can't be stored: {error}"
-        ) from error
+        job.handle = made.resource_meta
+        await _undo(calls, job, "its handle can't be stored")
+        told = (
+            f"the handle that create returned can't be stored ({error}); the job was asked to end"
+        )
+        info = PhaseInfo.system_failure("HandleNotStorable", told)
+        await _note_stuck(services, job, info)
+        return Stuck(info)
     job.handle = made.resource_meta
     job.note("QUEUED", services.clock.now())
     made_at = services.clock.now()
     try:
         await persist(services, job, Event.HANDLE_KNOWN, handle=text, created_remotely_at=made_at)
     except LedgerUnavailable:
-        await _undo(calls, job)
+        await _undo(calls, job, "its handle could not be written to the ledger")
         raise
     fault_point("KP-09")
     return Alive(made.resource)
 
 
-async def _undo(calls: Calls, job: Job) -> None:
+async def _undo(calls: Calls, job: Job, reason: str) -> None:
     """A job that can't be remembered must not run on: it is ended while its handle is known."""
     try:
         await calls.permit(job.loaded, "write")
-        await calls.delete(job.loaded, job.handle, "its handle could not be written to the ledger")
+        await calls.delete(job.loaded, job.handle, reason)
     except RemoteError as error:
         logger.critical(
             "job %s runs and could be neither remembered nor ended: handle %s: %s",

@@ -11,12 +11,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import prefect.runtime
 import pytest
 from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.objects import TaskRun
+from prefect.context import FlowRunContext
 from prefect.exceptions import ObjectNotFound
 
 from prefect_webapi import Phase
@@ -46,9 +46,20 @@ async def taken(name: str) -> int | None:
     return int(found.active_slots)
 
 
+async def is_free(name: str) -> bool:
+    return await taken(name) == 0
+
+
 async def places_taken(ledger: Path) -> int:
     async with another_store(sqlite_url(ledger)) as store:
         return sum(row.live for row in await store.quotas())
+
+
+def this_flow_run() -> str:
+    context = FlowRunContext.get()
+    assert context is not None
+    assert context.flow_run is not None
+    return str(context.flow_run.id)
 
 
 async def task_runs(flow_run: str) -> Sequence[TaskRun]:
@@ -111,20 +122,20 @@ async def test_a_waiting_task_run_shows_what_it_waits_for_until_the_saved_block_
 
     @flow
     async def endless_jobs() -> list[Report]:
-        told.append(str(prefect.runtime.flow_run.id))
+        told.append(this_flow_run())
         job = run_job.with_options(connection=connection)
         return await asyncio.gather(*(job(day=day, outcome="never") for day in range(3)))
 
-    async def waiting() -> list[TaskRun]:
-        runs = await task_runs(told[0]) if told else []
-        return [run for run in runs if run.state_name == "AwaitingConcurrencySlot"]
+    async def waiting(number: int) -> list[TaskRun]:
+        """Those that wait, if there are so many."""
+        runs = await task_runs(told[0]) if told else list[TaskRun]()
+        found = [run for run in runs if run.state_name == "AwaitingConcurrencySlot"]
+        return found if len(found) == number else []
 
     await save(1)
     async with asyncio.TaskGroup() as group:
         running = group.create_task(endless_jobs())
-        both = await eventually(
-            lambda: _when(waiting, lambda runs: len(runs) == 2), within=30, every=0.2
-        )
+        both = await eventually(lambda: waiting(2), within=30, every=0.2)
         await eventually(lambda: job_server.stats().created == 1, within=5)
         for run in both:
             assert run.state is not None
@@ -134,9 +145,7 @@ async def test_a_waiting_task_run_shows_what_it_waits_for_until_the_saved_block_
         assert all(run.state is not None and run.state.is_pending() for run in both)
         await save(2)
         await eventually(lambda: job_server.stats().live == 2, within=15, every=0.1)
-        one = await eventually(
-            lambda: _when(waiting, lambda runs: len(runs) == 1), within=10, every=0.2
-        )
+        one = await eventually(lambda: waiting(1), within=10, every=0.2)
         assert one[0].id in {run.id for run in both}
         job_server.end(job_server.jobs()[0].name, "succeeded")
         await eventually(lambda: job_server.stats().created == 3, within=10, every=0.1)
@@ -145,14 +154,8 @@ async def test_a_waiting_task_run_shows_what_it_waits_for_until_the_saved_block_
         reports = await running
     assert len(reports) == 3
     assert job_server.stats().peak_live == 2
-    await eventually(lambda: _when(lambda: taken(limit), lambda slots: slots == 0), within=5)
+    await eventually(lambda: is_free(limit), within=20)
     assert {run.run_count for run in await task_runs(told[0])} == {1}
-
-
-async def _when(ask: Any, holds: Any) -> Any:
-    """What `ask` answers, if `holds` says so."""
-    found = await ask()
-    return (found or True) if holds(found) else None
 
 
 @prefect_leaks
@@ -164,7 +167,7 @@ async def test_a_throttled_create_costs_no_run_and_without_a_quota_there_is_no_l
     @flow
     async def one() -> tuple[str, Report]:
         report = await run_job.with_options(connection=connection)(seconds=0.1, result="made")
-        return str(prefect.runtime.flow_run.id), report
+        return this_flow_run(), report
 
     await block(job_server).asave(connection)
     job_server.fault("create", status=429, times=5)
@@ -172,13 +175,11 @@ async def test_a_throttled_create_costs_no_run_and_without_a_quota_there_is_no_l
     assert report.data == "made"
     assert [create.status for create in job_server.log("create")] == [429] * 5 + [201]
     assert job_server.stats().created == 1
-    [run] = await eventually(
-        lambda: _when(
-            lambda: task_runs(flow_run), lambda runs: runs and runs[0].state_name == "Completed"
-        ),
-        within=10,
-        every=0.2,
-    )
+
+    async def completed() -> list[TaskRun]:
+        return [run for run in await task_runs(flow_run) if run.state_name == "Completed"]
+
+    [run] = await eventually(completed, within=20, every=0.2)
     assert run.run_count == 1
     assert await taken(f"webapi:job-server:{connection}:default") is None
 
@@ -223,7 +224,7 @@ async def test_jobs_outlive_a_restart_of_prefect_and_none_starts_without_a_slot(
         end(2)
         end(3)
         outcomes = await asyncio.gather(*(ticket.outcome() for ticket in [*first, *later]))
-        await eventually(lambda: _when(lambda: taken(limit), lambda n: n == 0), within=20)
+        await eventually(lambda: is_free(limit), within=20)
     assert all(outcome.info.phase is Phase.SUCCESS for outcome in outcomes)
     assert job_server.stats().peak_live == 2
     assert not job_server.log("delete")

@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -164,9 +164,9 @@ async def test_an_edited_block_slows_reads_down_while_jobs_run(
         before = job_server.log("get")
         blocks["default"] = edited(1)
 
-        def slow() -> list[LoggedRequest] | None:
+        def slow() -> list[LoggedRequest]:
             last = job_server.log("get", since=before[-1].index)[-6:]
-            return last if last[-1].mono - last[0].mono > 5 / speed * 0.75 else None
+            return last if last[-1].mono - last[0].mono > 5 / speed * 0.75 else []
 
         lately = await eventually(slow, within=20, every=0.2)
         blocks["default"] = edited(1000)
@@ -203,7 +203,10 @@ async def test_a_throttled_create_is_repeated_without_a_retry(
 @pytest.mark.parametrize("status", [429, 503])
 @pytest.mark.parametrize("op", ["create", "get", "delete"])
 async def test_a_retry_after_is_obeyed(
-    job_server: EmbeddedJobServer, tmp_path: Path, status: int, op: str
+    job_server: EmbeddedJobServer,
+    tmp_path: Path,
+    status: int,
+    op: Literal["create", "get", "delete"],
 ) -> None:
     """CASE-151, CASE-155, CASE-156, REQ-41: no call of that kind leaves before; then the job goes its way."""
     job_server.fault(op, status=status, retry_after="0.8", times=2)
@@ -238,6 +241,7 @@ async def test_a_closed_gate_stops_reads_of_its_endpoint_only(
     blocks = {"default": block(job_server, initialInterval="100ms"), "elsewhere": elsewhere}
     with engine(tmp_path, ALL, blocks) as host:
         admitted(host, 3, outcome=ENDLESS)
+        await eventually(lambda: job_server.stats().created == 3, within=5)
         admitted(host, 1, outcome=ENDLESS, task="elsewhere", connection="elsewhere")
         await eventually(lambda: len({get.name for get in job_server.log("get")}) == 4, within=5)
         own, other = job_server.jobs()[0], job_server.jobs()[-1]

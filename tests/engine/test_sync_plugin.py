@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -49,7 +50,7 @@ async def test_an_end_that_is_none_is_the_plugins_fault(
 
 @pytest.mark.parametrize("fault", [{"status": 503}, {"drop": True, "after_acceptance": True}])
 async def test_an_idempotent_call_is_made_again_with_the_same_key(
-    job_server: EmbeddedJobServer, tmp_path: Path, fault: dict[str, object]
+    job_server: EmbeddedJobServer, tmp_path: Path, fault: dict[str, Any]
 ) -> None:
     """CASE-214."""
     job_server.fault("create", **fault)
@@ -74,7 +75,7 @@ async def test_an_idempotent_call_is_made_again_with_the_same_key(
 async def test_a_call_that_may_have_worked_is_made_once(
     job_server: EmbeddedJobServer,
     tmp_path: Path,
-    fault: dict[str, object],
+    fault: dict[str, Any],
     code: str,
     phase: Phase,
 ) -> None:

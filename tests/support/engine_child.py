@@ -10,7 +10,7 @@ import logging
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -140,7 +140,7 @@ def _is_at(work: Work, told: Told) -> bool:
 
 
 @contextmanager
-def hosted(work: Work) -> Iterator[Host]:
+def hosted(work: Work) -> Generator[Host]:
     """An engine as `work` wants it."""
     outputs = HalvedOutputs(work.folder / "outputs")
     with ExitStack() as stack:
@@ -226,7 +226,7 @@ class Child:
 
 
 @contextmanager
-def child(work: Work) -> Iterator[Child]:
+def child(work: Work) -> Generator[Child]:
     """Start a process; it is gone at the end of the block."""
     started = Child(work)
     try:

@@ -66,7 +66,9 @@ def sync_flow() -> None:
     assert_type(run_job_sync(kind="report"), Report)
     assert_type(build_index_sync(3), Report)
     assert_type(build_index_sync.submit(3), PrefectFuture[Report])
-    assert_type(build_index_sync.submit(3, wait_for=[run_job_sync.submit(kind="a")]).result(), Report)
+    assert_type(
+        build_index_sync.submit(3, wait_for=[run_job_sync.submit(kind="a")]).result(), Report
+    )
     assert_type(build_index_sync.submit(3, return_state=True), State[Report])
     assert_type(build_index_sync.with_options(deadline=timedelta(hours=1))(3), Report)
     task: RemoteTask[[int], Report] = webapi_task("job-server")(_describe)
