@@ -46,7 +46,6 @@ from prefect.results import (
 from prefect.tasks import StateHookCallable, Task, TaskRunNameValueOrCallable
 from prefect.transactions import Transaction
 from prefect.utilities.annotations import NotSet
-from prefect.utilities.visualization import get_task_viz_tracker
 
 from prefect_webapi._prefect import service
 from prefect_webapi._prefect.body import Job, Unsaved, run_async, run_sync
@@ -225,6 +224,8 @@ class RemoteTask(Task[P, O], Generic[P, O]):
             self, *args: Any, return_state: bool = False, wait_for: Any = None, **kwargs: Any
         ) -> Any:
             """Run the task here; returns the job's result or raises, unless `return_state`."""
+            from prefect.utilities.visualization import get_task_viz_tracker  # brings graphviz
+
             if return_state or get_task_viz_tracker():
                 return super().__call__(
                     *args, return_state=return_state, wait_for=wait_for, **kwargs

@@ -25,11 +25,11 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.context import FlowRunContext
 
-from prefect_webapi._prefect.api import Api
 from prefect_webapi._prefect.causes import LEAVING_INTENTS, control_intent, reason_of
 from prefect_webapi.contract.errors import WebApiError
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # the engine's parts are loaded by the first job
+    from prefect_webapi._prefect.api import Api
     from prefect_webapi.engine.host import Ticket
 
 __all__ = ["Watch", "cancel_event_of"]

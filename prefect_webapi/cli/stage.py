@@ -72,6 +72,8 @@ class Stage:
             "PREFECT_SERVER_UI_STATIC_DIRECTORY": str(folder / "ui"),
             "PREFECT_SERVER_REGISTER_BLOCKS_ON_START": "false",
             "PREFECT_SERVER_SERVICES_SCHEDULER_ENABLED": "false",
+            "PREFECT_SERVER_SERVICES_FOREMAN_ENABLED": "false",
+            "PREFECT_SERVER_SERVICES_TRIGGERS_ENABLED": "false",
             "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
         }
         prefect = ["-m", "prefect", "server", "start", "--host", "127.0.0.1"]

@@ -76,7 +76,7 @@ async def test_four_processes_share_a_quota_of_three(
         Work(
             folder=tmp_path,
             server=job_server.url,
-            specs=tuple(ReportJob(kind=f"process {n}", day=day, seconds=0.2) for day in range(6)),
+            specs=tuple(ReportJob(kind=f"process {n}", day=day, seconds=0.2) for day in range(4)),
             config=quota(3),
             prefect=prefect_api,
         )
@@ -85,9 +85,9 @@ async def test_four_processes_share_a_quota_of_three(
     with ExitStack() as stack:
         children = [stack.enter_context(child(work)) for work in works]
         ends = [await asyncio.to_thread(each.ends) for each in children]
-    assert [end.phase for ended in ends for end in ended] == ["SUCCESS"] * 24
+    assert [end.phase for ended in ends for end in ended] == ["SUCCESS"] * 16
     stats = job_server.stats()
-    assert (stats.created, stats.peak_live, stats.live) == (24, 3, 0)
+    assert (stats.created, stats.peak_live, stats.live) == (16, 3, 0)
     assert not stats.duplicates
     assert await taken("webapi:keys:default:default") == 0
     assert await places_taken(tmp_path / "webapi.db") == 0

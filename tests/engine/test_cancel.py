@@ -417,65 +417,6 @@ async def test_one_of_two_calls_that_share_a_job_may_go(
     assert job_server.stats().created == 1
 
 
-# --- deadlines --------------------------------------------------------------------------------
-
-
-def by(seconds: float) -> Overrides:
-    return Overrides(deadline=timedelta(seconds=seconds))
-
-
-async def test_an_endless_job_is_deleted_at_its_deadline(
-    job_server: EmbeddedJobServer, tmp_path: Path
-) -> None:
-    """CASE-250, REQ-71: ten times faster."""
-    with at(tmp_path, job_server, ONE, speed=10) as host:
-        outcome = await run(host, ENDLESS, options=by(10))
-    assert outcome.info.phase is Phase.PERMANENT_FAILURE
-    assert outcome.info.err is not None
-    assert (outcome.info.err.code, outcome.info.kind) == ("Timeout", "user")
-    [create], [delete] = job_server.log("create"), job_server.log("delete")
-    assert 0.8 <= delete.mono - create.mono <= 1.2
-    assert job_server.stats().live == 0
-    assert await places_taken(tmp_path) == 0
-
-
-async def test_a_deadline_ends_a_wait_for_a_place(
-    job_server: EmbeddedJobServer, tmp_path: Path
-) -> None:
-    """CASE-252."""
-    with at(tmp_path, job_server, ONE, speed=10) as host:
-        first = await started(host)
-        outcome = await run(host, ReportJob(day=1), options=by(5))
-        first.detach()
-    assert outcome.info.err is not None
-    assert outcome.info.err.code == "Timeout"
-    assert len(job_server.log("create")) == 1
-    assert not job_server.log("delete")
-    assert await places_taken(tmp_path) == 1
-
-
-@pytest.mark.parametrize("op", ["create", "read"])
-async def test_a_deadline_ends_a_throttled_job_in_time(
-    job_server: EmbeddedJobServer, tmp_path: Path, op: str
-) -> None:
-    """CASE-253: whichever call the service puts off."""
-    for kind in ("create",) if op == "create" else ("batch", "get"):
-        job_server.fault(kind, status=429, retry_after="2", times=1 if op == "read" else None)
-    with at(tmp_path, job_server, ONE, speed=10, cancelGrace="2s") as host:
-        loop = asyncio.get_running_loop()
-        began = loop.time()
-        outcome = await run(host, ENDLESS, options=by(5))
-        assert loop.time() - began < 1.9
-        assert outcome.info.err is not None
-        assert outcome.info.err.code == "Timeout"
-        await eventually(lambda: job_server.stats().live == 0, within=5)
-    assert len(job_server.log("delete")) == (op == "read")
-    assert await places_taken(tmp_path) == 0
-
-
-# --- people need not wait ---------------------------------------------------------------------
-
-
 async def test_people_wait_no_longer_than_the_grace(
     job_server: EmbeddedJobServer, tmp_path: Path
 ) -> None:

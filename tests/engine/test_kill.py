@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import sqlite3
+import threading
 import time
 from collections import Counter
+from contextlib import closing
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+from pydantic import BaseModel
 
+from prefect_webapi import Phase, PluginConfig, TaskExecutionContextReader
 from prefect_webapi.clock import Clock
+from prefect_webapi.contract.errors import LedgerUnavailable, WebApiError
+from prefect_webapi.contract.keys import JobKey
+from prefect_webapi.engine.faults import arm
 from prefect_webapi.ledger.records import JobState
 from prefect_webapi.testing import EmbeddedJobServer
-from prefect_webapi_jobserver import ReportJob
+from prefect_webapi_jobserver import JobServerPlugin, ReportJob
+from tests.support.engine import at, request, run
 from tests.support.engine_child import End, Work, carry_out, child, hosted
+from tests.support.plugins import entry
 from tests.support.waiting import eventually
 from tests.support.witness import places_taken, records
 
@@ -48,7 +58,7 @@ LIVING = ("KP-11", "KP-11:2", "KP-12", "KP-14", "KP-16", "KP-18", "KP-20")
 Mood = Literal["keys", "search", "neither"]
 
 
-async def ends_after_a_kill(work: Work) -> tuple[list[End], set[str]]:
+async def ends_after_a_kill(work: Work) -> tuple[list[End], set[JobKey]]:
     """Run `work` until it dies, then again: what the second run's calls came to, and the suspects' keys."""
     with child(work) as first:
         told = first.ends()
@@ -326,8 +336,8 @@ async def test_a_deadline_runs_on_while_nobody_is_there(
     [record] = await records(work.folder)
     assert record.state is JobState.CREATED
     assert record.deadline == record.created_at + timedelta(seconds=10)
-    left = Clock(10, epoch=work.epoch)
-    await eventually(lambda: left.now() > record.deadline + timedelta(seconds=5), within=10)
+    late, clock = record.created_at + timedelta(seconds=20), Clock(10, epoch=work.epoch)
+    await eventually(lambda: clock.now() > late, within=10)
     [end] = await run_again(work)
     assert end.code == "Timeout"
     assert "deadline of 10s exceeded" in end.reason
@@ -455,3 +465,80 @@ async def test_an_owner_that_slept_loses_to_its_successor_and_stops_quietly(
     assert job_server.stats().created == 1
     assert not job_server.log("delete")
     assert await places_taken(tmp_path) == 0
+
+
+# --- what else may go while a job lives -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_mended", [True, False])
+async def test_a_handle_that_can_not_be_written_down_is_kept_or_its_job_ended(
+    job_server: EmbeddedJobServer, tmp_path: Path, is_mended: bool
+) -> None:
+    """KP-35: the ledger's table is away when create answers; for two minutes it is asked again."""
+    spec = ReportJob(seconds=0.1, result="kept") if is_mended else ENDLESS[0]
+    gone = threading.Event()
+
+    def rename(old: str, new: str) -> None:
+        with closing(sqlite3.connect(tmp_path / "webapi.db")) as ledger:
+            ledger.execute(f"ALTER TABLE {old} RENAME TO {new}")
+
+    def passing(place: str) -> None:
+        if place == "KP-08":
+            rename("webapi_job", "hidden")
+            gone.set()
+
+    arm(passing)
+    try:
+        with at(tmp_path, job_server, QUOTA, speed=20) as host:
+            ticket = host.admit(request(spec, task_type="keys"))
+            await asyncio.to_thread(gone.wait, 20)
+            if is_mended:
+                rename("hidden", "webapi_job")
+                assert (await ticket.outcome()).value.data == "kept"
+            else:
+                with pytest.raises(LedgerUnavailable, match="no such table"):
+                    await ticket.outcome()
+                assert job_server.stats().live == 0
+                rename("hidden", "webapi_job")
+    finally:
+        arm(None)
+    assert job_server.stats().created == 1
+    assert len(job_server.log("delete")) == (not is_mended)
+
+
+class _NewHandle(BaseModel):
+    """What a newer version of the plugin keeps of a job."""
+
+    name: str
+    region: str
+
+
+class _NewPlugin(JobServerPlugin):
+    async def create(  # pyright: ignore[reportIncompatibleMethodOverride] - a newer version, with a handle of its own
+        self, ctx: TaskExecutionContextReader
+    ) -> _NewHandle:
+        made = await super().create(ctx)
+        return _NewHandle(name=made.name, region="here")
+
+    def get_config(self) -> PluginConfig:
+        return super().get_config().model_copy(update={"resource_meta": _NewHandle})
+
+
+async def test_a_handle_that_newer_code_can_not_read_is_shown_and_its_job_left_alone(
+    job_server: EmbeddedJobServer, tmp_path: Path
+) -> None:
+    """KP-37, the re-run half of CASE-197."""
+    with at(tmp_path, job_server) as host:
+        host.admit(request(ENDLESS[0], task_type="keys"))
+        await eventually(lambda: job_server.log("get"), within=20)
+    [job] = job_server.jobs()
+    with at(tmp_path, job_server, entries=[entry(_NewPlugin, "keys")]) as host:
+        with pytest.raises(WebApiError, match="can't be read by this version") as told:
+            await run(host, ENDLESS[0], execution="2")
+        assert job.name in str(told.value)
+        assert not job_server.log("delete")
+    with at(tmp_path, job_server) as host:
+        again = host.admit(request(ENDLESS[0], task_type="keys", execution="3"))
+        job_server.end(job.name, "succeeded")
+        assert (await again.outcome()).info.phase is Phase.SUCCESS
+    assert job_server.stats().created == 1

@@ -120,7 +120,9 @@ async def test_saturated_reads_starve_no_job(job_server: EmbeddedJobServer, tmp_
     """CASE-149, REQ-14: two reads per second for 100 jobs: at that rate 60 seconds are 120 reads."""
     speed = 30
     config = limits(read=(2, 5))
-    with at(tmp_path, job_server, config, speed=speed, getTimeout="10m") as host:
+    # All jobs want to be read as often as each other, however long it takes to make a hundred.
+    times = {"initialInterval": "30s", "getTimeout": "10m"}
+    with at(tmp_path, job_server, config, speed=speed, **times) as host:
         admitted(host, 100, outcome=ENDLESS)
         await eventually(lambda: reads_of(job_server) >= 250, within=40, every=0.25)
         reads = job_server.log("get")

@@ -1,0 +1,50 @@
+"""Which processes count as alive."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+
+import psutil
+
+from prefect_webapi.engine.liveness import is_alive, this_process
+from prefect_webapi.ledger.records import RuntimeRow
+from tests.support.waiting import eventually_blocking
+
+NOW = datetime.now(UTC)
+ME = this_process(NOW)
+
+
+def row_of(pid: int) -> RuntimeRow:
+    return replace(ME, id="other", pid=pid, born=psutil.Process(pid).create_time())
+
+
+def test_a_process_that_beats_and_runs_is_alive() -> None:
+    assert is_alive(ME, me=ME, now=NOW)
+    assert is_alive(replace(ME, host="elsewhere", pid=1, born=0.0), me=ME, now=NOW)
+
+
+def test_a_process_that_never_came_or_fell_silent_is_dead() -> None:
+    """30 s of silence."""
+    assert not is_alive(None, me=ME, now=NOW)
+    assert is_alive(ME, me=ME, now=NOW + timedelta(seconds=29))
+    assert not is_alive(ME, me=ME, now=NOW + timedelta(seconds=31))
+
+
+def test_a_pid_is_believed_only_with_its_time_of_birth() -> None:
+    """Containers begin their pids anew."""
+    assert not is_alive(replace(ME, born=ME.born - 60), me=ME, now=NOW)
+
+
+def test_a_killed_process_is_dead_before_anybody_has_buried_it() -> None:
+    """A parent that does not wait leaves a zombie, which still has its pid; then it is gone for good."""
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    row = row_of(process.pid)
+    assert is_alive(row, me=ME, now=NOW)
+    process.kill()
+    eventually_blocking(lambda: not is_alive(row, me=ME, now=NOW), within=5)
+    assert psutil.Process(process.pid).status() == psutil.STATUS_ZOMBIE
+    process.wait()
+    assert not is_alive(row, me=ME, now=NOW)
