@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -26,6 +26,8 @@ __all__ = ["Owned", "Processes"]
 _PATIENCE_SECONDS = 2.0
 """How long a process may take to end in order. What it would save by that is thrown away anyway."""
 _LOG_LINES = 25
+_WHEN_TOLD = 'read -r go && exec "$@" < /dev/null'
+"""Nothing runs before the guard knows of it: whoever dies between both leaves a pipe that closes."""
 
 
 class Owned:
@@ -105,10 +107,10 @@ class Processes:
         path = self._folder / f"{name.replace(' ', '-')}-{len(self._owned) + 1}.log"
         with path.open("wb") as log:
             process = subprocess.Popen(
-                [sys.executable, *command],
+                ["sh", "-c", _WHEN_TOLD, "sh", sys.executable, *command],
                 cwd=self._folder,
                 env=dict(environment),
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
@@ -116,6 +118,8 @@ class Processes:
         owned = Owned(name, process, path)
         self._owned.append(owned)
         self._tell_guard(f"+{owned.group}")
+        with process.stdin or nullcontext():
+            _say(process, "go")
         return owned
 
     def __exit__(
@@ -148,11 +152,16 @@ class Processes:
             left = [owned for owned in left if not owned.is_gone]
 
     def _tell_guard(self, line: str) -> None:
-        if self._guard is None or self._guard.stdin is None:
-            return
-        with suppress(OSError):  # somebody killed the guard: then there is none
-            self._guard.stdin.write(f"{line}\n".encode())
-            self._guard.stdin.flush()
+        if self._guard is not None:
+            _say(self._guard, line)
+
+
+def _say(process: subprocess.Popen[bytes], line: str) -> None:
+    """A line to a process's standard input; one that has ended hears nothing."""
+    if process.stdin is not None:
+        with suppress(OSError):
+            process.stdin.write(f"{line}\n".encode())
+            process.stdin.flush()
 
 
 class _deaf:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +12,7 @@ import pytest
 
 from prefect_webapi import Phase
 from prefect_webapi.contract.errors import EngineClosed
+from prefect_webapi.engine.faults import arm
 from prefect_webapi.engine.host import Host, Ticket
 from prefect_webapi.engine.request import Outcome, Overrides
 from prefect_webapi.ledger.records import JobState
@@ -340,6 +342,7 @@ async def test_a_job_that_failed_but_still_runs_is_gone_before_the_next_attempt(
 ) -> None:
     """CASE-123."""
     spec = ReportJob(outcome="never", message="it hangs")
+    job_server.fault("delete", delay=0.4)  # it is read, and seen failed, meanwhile
     with at(tmp_path, job_server, ONE) as host:
         first = await run(host, spec, "cleanup", task_run="t", max_attempts=2)
         assert job_server.stats().live == 0
@@ -457,7 +460,7 @@ async def test_a_call_that_asks_again_gets_a_job_of_its_own_when_the_old_one_is_
     assert job_server.stats().peak_live == 1
 
 
-@pytest.mark.parametrize("when", ["running", "waiting", "at once"])
+@pytest.mark.parametrize("when", ["running", "waiting", "entering"])
 async def test_a_detached_job_is_left_to_the_next_process(
     job_server: EmbeddedJobServer, tmp_path: Path, when: str
 ) -> None:
@@ -465,16 +468,7 @@ async def test_a_detached_job_is_left_to_the_next_process(
     config = ONE if when == "waiting" else {}
     spec = ReportJob(seconds=1.0, result="later")
     with at(tmp_path, job_server, config) as host:
-        if when == "running":
-            ticket = await started(host, spec)
-        else:
-            if when == "waiting":
-                await started(host, ReportJob(day=1, seconds=0.5))
-            told = Told()
-            ticket = host.admit(request(spec, task_type="keys", reporter=told))
-            if when == "waiting":
-                await eventually(lambda: "WAITING_FOR_RESOURCES" in told.names, within=5)
-        ticket.detach()
+        ticket = await detached(host, spec, when)
         creates = len(job_server.log("create"))
         with pytest.raises(EngineClosed, match="the job goes on"):
             await ticket.outcome()
@@ -489,3 +483,30 @@ async def test_a_detached_job_is_left_to_the_next_process(
     assert outcome.value.data == "later"
     assert job_server.stats().duplicates == {}
     assert await places_taken(tmp_path) == 0
+
+
+async def detached(host: Host, spec: ReportJob, when: str) -> Ticket:
+    """A call that was detached while its job ran, waited for a place, or was about to be written down."""
+    told, is_there, go_on = Told(), threading.Event(), threading.Event()
+
+    def stop(place: str) -> None:
+        if place == "KP-01" and when == "entering":
+            arm(None)
+            is_there.set()
+            go_on.wait(20)
+
+    if when == "waiting":
+        await started(host, ReportJob(day=1, seconds=0.5))
+    arm(stop)
+    ticket = host.admit(request(spec, task_type="keys", reporter=told))
+    match when:
+        case "running":
+            await eventually(lambda: "RUNNING" in told.names, within=20)
+        case "waiting":
+            await eventually(lambda: "WAITING_FOR_RESOURCES" in told.names, within=20)
+        case _:
+            await asyncio.to_thread(is_there.wait, 20)
+    ticket.detach()
+    arm(None)
+    go_on.set()
+    return ticket
