@@ -27,6 +27,7 @@ from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound, PrefectHTTPS
 from pydantic import BaseModel, ValidationError
 
 from prefect_webapi.clock import Clock
+from prefect_webapi.engine.faults import fault_point
 from prefect_webapi.quotas import Busy, SlotLease, SlotsUnavailable
 
 __all__ = ["PrefectSlots"]
@@ -90,6 +91,7 @@ class PrefectSlots:
                         lease_duration=seconds,
                         holder=_holder(holder),
                     )
+                    fault_point("KP-03")
                     grant = _Grant.model_validate_json(response.content)
             except _Refused as refused:
                 if refused.status == 423 or (refused.status == 422 and refused.is_too_many):

@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import shutil
 import signal
 import tempfile
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 from typing import Self
 
-from rich.console import Console, Group
+from rich.console import Console
 from rich.live import Live
-from rich.table import Table
-from rich.text import Text
 
-from prefect_webapi.cli import screen, views
+from prefect_webapi.cli import board, screen
 from prefect_webapi.cli.ledger import NoLedger, reading
 from prefect_webapi.cli.processes import Processes
 from prefect_webapi.cli.screen import pairs
 from prefect_webapi.cli.stage import QUOTA, Stage
 from prefect_webapi.cli.verdict import DESIGN, Call, Seen, differences, gather_calls
-from prefect_webapi.ledger.records import JobState, Record
+from prefect_webapi.ledger.records import Record
 from prefect_webapi.ledger.store import Store
 
 __all__ = ["perform"]
@@ -36,11 +33,6 @@ PREFECT_SECONDS = 60.0
 _LOOK_SECONDS = 0.4
 _TELL_SECONDS = 2.0
 _WIDE_COLUMNS = 180
-_SHORT = {
-    "WAITING_FOR_RESOURCES": "waits",
-    "SLOT_HELD": "has a place",
-    "RETRYABLE_FAILURE": "failed",
-}
 
 
 def perform(*, keep: bool, kill_after: float | None) -> int:
@@ -110,13 +102,14 @@ class Performance:
             await stage.ready()
         say(f"Both servers are up after {self._seconds():.0f} s. The flow runs; in Prefect's UI:")
         say(f"  {stage.ui_url}", style="bold", soft_wrap=True)
-        if kill_after is not None:
-            await self._kill_and_run_again(stage, kill_after)
+        was_killed = kill_after is not None and await self._kill_and_run_again(stage, kill_after)
         await self._watch(stage, FLOW_SECONDS)
         if stage.flow.code is None:
             raise stage.failure(stage.flow, f"has not ended after {FLOW_SECONDS:.0f} s")
-        seen = await self._seen(stage, was_killed=kill_after is not None)
+        seen = await self._seen(stage, was_killed=was_killed)
         found = differences(seen)
+        if kill_after is not None and not was_killed:
+            found.append(f"the flow was over before it could be killed after {kill_after:g} s")
         self._tell(stage, seen)
         if found:
             say("\nNot everything went as designed:", style="bold red")
@@ -136,12 +129,12 @@ class Performance:
     def _seconds(self) -> float:
         return time.monotonic() - self._began
 
-    async def _kill_and_run_again(self, stage: Stage, seconds: float) -> None:
+    async def _kill_and_run_again(self, stage: Stage, seconds: float) -> bool:
+        """Whether there was something to kill."""
         await self._watch(stage, FLOW_SECONDS, until_first_job=True)
         await self._watch(stage, seconds)
         if stage.flow.code is not None:
-            self._console.print("The flow was over before it could be killed.", style="yellow")
-            return
+            return False
         await asyncio.to_thread(stage.flow.kill)
         stats = await stage.ask_job_server("stats")
         self._console.print(
@@ -150,6 +143,7 @@ class Performance:
         )
         with self._console.status("Starting the second flow process …"):
             await stage.run_again()
+        return True
 
     # --- while it runs -----------------------------------------------------------------------
 
@@ -162,7 +156,7 @@ class Performance:
                 await asyncio.sleep(min(_LOOK_SECONDS, left))
                 calls, states, counts = await self._look(stage)
                 if self._console.is_terminal:
-                    live.update(_progress(calls, states, counts), refresh=True)
+                    live.update(board.progress(calls, states, counts), refresh=True)
                 elif counts != told and time.monotonic() - told_at >= _TELL_SECONDS:
                     told_at, told = time.monotonic(), counts
                     self._console.print(f"{self._seconds():4.0f} s  {counts}", highlight=False)
@@ -174,7 +168,7 @@ class Performance:
         records = await self._records(stage)
         calls = gather_calls(await stage.ask_job_server("log"), records)
         states = {job["name"]: str(job["state"]) for job in await stage.ask_job_server("jobs")}
-        return calls, states, _counts(records, states)
+        return calls, states, board.counts_of(records, states)
 
     async def _records(self, stage: Stage) -> Sequence[Record]:
         if self._store is None:
@@ -213,7 +207,7 @@ class Performance:
 
     def _tell(self, stage: Stage, seen: Seen) -> None:
         console = self._console
-        console.print(_outcome_table(seen, with_address=console.width >= _WIDE_COLUMNS))
+        console.print(board.outcome_table(seen, with_address=console.width >= _WIDE_COLUMNS))
         retried = [call.label for call in seen.calls if len(call.made) > 1]
         requests: Mapping[str, int] = seen.stats["requests"]
         by_op = ", ".join(f"{count} {op}" for op, count in sorted(requests.items()))
@@ -251,90 +245,3 @@ class Performance:
             await leave.wait()
         finally:
             loop.remove_signal_handler(signal.SIGINT)
-
-
-def _counts(records: Sequence[Record], states: Mapping[str, str]) -> str:
-    words: Counter[str] = Counter()
-    for record in records:
-        if record.state.is_over:
-            words["over"] += 1
-        elif record.key in states:
-            words[states[record.key]] += 1
-        else:
-            words["waiting for a place"] += 1
-    order = ("waiting for a place", "queued", "initializing", "running", "over")
-    names = [name for name in order if words[name]] + sorted(set(words) - set(order))
-    return ", ".join(f"{words[name]} {name}" for name in names) or "no job yet"
-
-
-def _progress(calls: Sequence[Call], states: Mapping[str, str], counts: str) -> Group:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("job", "attempt", "phase", ""):
-        table.add_column(name, no_wrap=True)
-    for call in calls:
-        last = call.last
-        if last is None:
-            continue
-        phase = _phase_now(last, states)
-        table.add_row(
-            call.label,
-            str(last.attempt),
-            Text(phase, style=views.phase_style(phase)),
-            Text(views.why(last), style="dim", overflow="ellipsis"),
-        )
-    return Group(counts, "", table)
-
-
-def _phase_now(record: Record, states: Mapping[str, str]) -> str:
-    """Phases of a living job are in its process's memory: the server's word is newer than the ledger's."""
-    if record.state.is_over:
-        return views.last_phase(record)
-    if record.state is JobState.CANCELLING:
-        return "CANCELLING"
-    return states.get(record.key, "").upper() or views.last_phase(record)
-
-
-def _outcome_table(seen: Seen, *, with_address: bool) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("job", no_wrap=True)
-    table.add_column("attempts", justify="right")
-    table.add_column("phases, seconds since the call", overflow="fold")
-    table.add_column("result or reason", overflow="fold")
-    table.add_column("link", no_wrap=True)
-    for call in seen.calls:
-        last = call.last
-        if last is None:
-            table.add_row(call.label, "0", "", "unknown to the ledger", "")
-            continue
-        style = views.phase_style(views.last_phase(last))
-        link = views.link_of(last) or seen.links.get(last.key, "")
-        table.add_row(
-            Text(call.label, style=style),
-            str(len(call.attempts)),
-            _phases(call),
-            Text(_told(last)),
-            Text(
-                link if with_address or not link else "page", style=f"link {link}" if link else ""
-            ),
-        )
-    return table
-
-
-def _told(record: Record) -> str:
-    if not views.ended_well(record) or record.details.outputs is None:
-        return views.why(record)
-    return json.dumps(record.details.outputs.value["data"])
-
-
-def _phases(call: Call) -> Text:
-    steps = [
-        step for record in call.attempts for step in record.details.steps if step.name != "ADMITTED"
-    ]
-    text = Text()
-    for step in steps:
-        name = _SHORT.get(step.name) or step.name.lower().replace("_", " ")
-        seconds = (step.at - steps[0].at).total_seconds()
-        text.append("" if step is steps[0] else ", ", style="dim")
-        text.append(name, style=views.phase_style(step.name))
-        text.append(f" {seconds:.1f}")
-    return text

@@ -1,4 +1,4 @@
-"""`prefect-webapi quickstart`: the whole way of a job, on this machine, in half a minute.
+"""`prefect-webapi quickstart`: the whole way of a job, on this machine, in about a minute.
 
 The command owns three processes (see `stage.py`) and ends them on every way out. What happened is judged by the
 witnesses (see `verdict.py`), and the exit code says whether all was as designed.

@@ -129,7 +129,7 @@ async def test_a_waiting_task_run_shows_what_it_waits_for_until_the_saved_block_
     async def waiting(number: int) -> list[TaskRun]:
         """Those that wait, if there are so many."""
         runs = await task_runs(told[0]) if told else list[TaskRun]()
-        found = [run for run in runs if run.state_name == "AwaitingConcurrencySlot"]
+        found = [run for run in runs if run.state and run.state.name == "AwaitingConcurrencySlot"]
         return found if len(found) == number else []
 
     await save(1)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -26,6 +27,7 @@ HAS_CHILD = (
     "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(300)'])\n"
     "print(child.pid, flush=True)\ntime.sleep(300)",
 )
+SAYS = ("-c", "import time; print('here', flush=True); time.sleep(300)")
 ENVIRONMENT = dict(os.environ)
 
 
@@ -34,6 +36,14 @@ def is_running(pid: int) -> bool:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def open_files() -> Iterator[str]:
+    for process in psutil.process_iter():
+        try:
+            yield from (each.path for each in process.open_files())
+        except (psutil.Error, OSError):
+            continue
 
 
 def said(owned: Owned) -> str:
@@ -94,6 +104,23 @@ def test_an_owner_that_is_killed_leaves_nothing_behind(tmp_path: Path) -> None:
     owner.kill()
     owner.communicate()
     eventually_blocking(lambda: not any(map(is_running, pids)), within=20)
+
+
+def test_an_owner_that_dies_while_it_starts_a_process_leaves_nothing_behind(tmp_path: Path) -> None:
+    """The process exists, and the guard has not heard of it yet."""
+    script = textwrap.dedent(f"""
+        import os, signal
+        from pathlib import Path
+        from prefect_webapi.cli.processes import Processes
+        Processes._tell_guard = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        with Processes(Path({str(tmp_path)!r})) as processes:
+            processes.start("one", {SAYS!r}, os.environ)
+    """)
+    owner = subprocess.run([sys.executable, "-c", script], check=False)
+    assert owner.returncode == -signal.SIGKILL
+    (log,) = tmp_path.glob("*.log")
+    eventually_blocking(lambda: not any(log.samefile(name) for name in open_files()), within=20)
+    assert log.read_text() == ""
 
 
 def test_a_process_says_how_it_ended_and_its_last_words(tmp_path: Path) -> None:
