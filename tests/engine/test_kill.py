@@ -126,9 +126,8 @@ async def test_every_job_is_made_once_wherever_the_process_dies(
         assert made.created == len(SPECS)
         assert made.live == 0
     assert await places_taken(work.folder) == (len(unknown) if quota else 0)
-    assert {r.state for r in await records(work.folder) if r.key not in unknown} == {
-        JobState.CLOSED
-    }
+    others = {record.state for record in await records(work.folder) if record.key not in unknown}
+    assert others <= {JobState.CLOSED}
 
 
 async def test_a_result_that_was_half_written_is_written_again(

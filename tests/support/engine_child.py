@@ -13,7 +13,6 @@ import signal
 from collections.abc import Generator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
@@ -120,13 +119,13 @@ async def carry_out(work: Work, host: Host, nth: int) -> End:
                 reporter=told,
             )
         )
+        outcome = asyncio.ensure_future(ticket.outcome())
         if work.cancel is not None:
-            with suppress(AssertionError):  # this call may never come there
-                await eventually(partial(_is_at, work, told), within=30)
-                ticket.cancel("enough")
-        outcome = await ticket.outcome()
-        if attempt >= work.max_attempts or not outcome.info.may_retry:
-            return _end(nth, outcome)
+            await eventually(lambda d=outcome, t=told: d.done() or _is_at(work, t), within=60)
+            ticket.cancel("enough")
+        ended = await outcome
+        if attempt >= work.max_attempts or not ended.info.may_retry:
+            return _end(nth, ended)
 
 
 def _is_at(work: Work, told: Told) -> bool:
@@ -135,7 +134,7 @@ def _is_at(work: Work, told: Told) -> bool:
         server.url = work.server
         return bool(server.log("create"))
     if work.cancel == "CREATED":
-        return bool(told.names or told.cancelled)
+        return bool({"QUEUED", "RUNNING"} & {*told.names} or told.cancelled)
     return "WAITING_FOR_RESOURCES" in told.names
 
 
