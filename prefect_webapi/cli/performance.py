@@ -207,7 +207,11 @@ class Performance:
 
     def _tell(self, stage: Stage, seen: Seen) -> None:
         console = self._console
-        console.print(board.outcome_table(seen, with_address=console.width >= _WIDE_COLUMNS))
+        console.print(
+            board.outcome_table(
+                seen, with_address=not console.is_terminal or console.width >= _WIDE_COLUMNS
+            )
+        )
         retried = [call.label for call in seen.calls if len(call.made) > 1]
         requests: Mapping[str, int] = seen.stats["requests"]
         by_op = ", ".join(f"{count} {op}" for op, count in sorted(requests.items()))

@@ -24,7 +24,10 @@ RUN_SECONDS = 400  # some forty when nothing else runs
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
     """The command's temporary folder is in `tmp_path`; Prefect's settings of this test are none of its business."""
-    return {**os.environ, "TMPDIR": str(tmp_path), "PREFECT_API_URL": "http://127.0.0.1:1/api"}
+    kept = {
+        k: v for k, v in os.environ.items() if k != "COLUMNS"
+    }  # the width of pytest's own screen
+    return {**kept, "TMPDIR": str(tmp_path), "PREFECT_API_URL": "http://127.0.0.1:1/api"}
 
 
 def those_in(folder: Path) -> list[psutil.Process]:

@@ -202,8 +202,10 @@ async def test_a_process_dies_while_it_cancels(
         work = replace(work, specs=slow)
     ends, _ = await ends_after_a_kill(work)
     assert [(end.phase, end.stopped_by_us) for end in ends] == [("ABORTED", True)] * 2
-    assert job_server.stats().created == 2
-    assert job_server.stats().live == 0
+    made = job_server.stats()
+    assert not made.duplicates
+    assert 1 <= made.created <= 2  # the other call may not have got as far as its create
+    assert made.live == 0
     assert {job.message for job in job_server.jobs()} == {"enough"}
     assert await places_taken(work.folder) == 0
 
