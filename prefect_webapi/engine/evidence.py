@@ -27,12 +27,10 @@ class Verdict:
 
     Attributes:
         then: ``repeat``: the same key again; ``refused``: nothing was made; ``stuck``: can't be known.
-        tried: whether this try counts against `max_create_attempts`.
         may_exist: whether this try can have made the job.
     """
 
     then: Literal["repeat", "refused", "stuck"]
-    tried: bool = True
     may_exist: bool = False
 
 
@@ -46,7 +44,7 @@ def judge(
 ) -> Verdict:
     """What an error of create proves, and what to do: SPEC 2.5's tables. `tries` counts this one."""
     if isinstance(error, Throttled):
-        return Verdict("repeat", tried=False, may_exist=error.job_may_exist)
+        return Verdict("repeat", may_exist=error.job_may_exist)
     if isinstance(error, RemoteUserError | AuthError | NotFound | AlreadyExists):
         return Verdict("refused")
     if not error.job_may_exist:
