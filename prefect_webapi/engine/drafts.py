@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 from prefect_webapi.contract.errors import ConfigurationError, QuotaNotConfigured
 from prefect_webapi.contract.keys import (
     Fingerprint,
@@ -11,6 +14,7 @@ from prefect_webapi.contract.keys import (
     idempotent_base,
     job_key,
 )
+from prefect_webapi.contract.task import JobSpec
 from prefect_webapi.engine.calls import Calls, guarantee
 from prefect_webapi.engine.channels import Channel, limit_name
 from prefect_webapi.engine.contexts import TaskView, task_view
@@ -20,6 +24,8 @@ from prefect_webapi.ledger.records import Details, Draft, JobState, Record
 from prefect_webapi.registry import Loaded
 
 __all__ = ["conflict", "draft_for", "view_for"]
+
+KEPT_SPEC_BYTES = 64 * 1024
 
 
 async def draft_for(
@@ -79,8 +85,14 @@ async def draft_for(
             namespace=caller.namespace,
             resource_namespace=namespace,
             on_exit=request.options.on_exit,
+            spec=_kept(request.spec),
         ),
     )
+
+
+def _kept(spec: JobSpec[Any]) -> dict[str, Any] | None:
+    data = spec.model_dump_json()
+    return json.loads(data) if len(data) <= KEPT_SPEC_BYTES else None
 
 
 def view_for(services: Services, loaded: Loaded, request: JobRequest, record: Record) -> TaskView:

@@ -99,6 +99,9 @@ class Details(_Stored):
         phase: the last one known; terminal once the job is over.
         steps: history for people, oldest first.
         stopped_by_us: an ABORTED job was ended by our delete.
+        orphaned: that delete was the sweeper's: nobody was told, so who asks again gets a new attempt.
+        spec: what create sends, as JSON; so the job can be found and ended by a process that never saw the
+            task. None once it is over, or where it is too large to keep.
     """
 
     format: int = FORMAT
@@ -117,6 +120,8 @@ class Details(_Stored):
     lease: Lease | None = None
     last_error: str | None = None
     stopped_by_us: bool = False
+    orphaned: bool = False
+    spec: dict[str, Any] | None = None
     steps: tuple[Step, ...] = ()
 
 
