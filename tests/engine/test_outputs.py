@@ -30,7 +30,7 @@ from prefect_webapi_jobserver.models import JobHandle, JobView
 from prefect_webapi_jobserver.plugin import PHASES
 from tests.support.engine import at, request, run
 from tests.support.engine_child import Work, child
-from tests.support.ledger import another_store, sqlite_url
+from tests.support.ledger import another_store, ledger_of
 from tests.support.plugins import SinglePlugin, entry
 from tests.support.waiting import eventually
 
@@ -117,7 +117,7 @@ ROWS = entry(RowsPlugin, "rows")
 
 
 async def recorded(folder: Path) -> list[Record]:
-    async with another_store(sqlite_url(folder / "webapi.db")) as store:
+    async with another_store(ledger_of(folder)) as store:
         return list(await store.select())
 
 

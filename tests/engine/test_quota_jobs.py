@@ -29,7 +29,7 @@ from prefect_webapi_jobserver import JobServerPlugin, ReportJob
 from prefect_webapi_jobserver.models import JobHandle, JobView
 from tests.support.engine import LocalSlots, Told, at, block, engine, request, run
 from tests.support.engine_child import Work, child
-from tests.support.ledger import another_store, sqlite_url
+from tests.support.ledger import another_store, ledger_of
 from tests.support.plugins import ALL, entry
 from tests.support.waiting import eventually
 
@@ -42,7 +42,7 @@ def quota(jobs: int, **more: Any) -> dict[str, Any]:
 
 async def places_taken(folder: Path) -> int:
     """What the ledger counts, asked by nobody who works on it."""
-    async with another_store(sqlite_url(folder / "webapi.db")) as store:
+    async with another_store(ledger_of(folder)) as store:
         return sum(row.live for row in await store.quotas())
 
 

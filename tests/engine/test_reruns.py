@@ -15,7 +15,7 @@ from prefect_webapi.testing import EmbeddedJobServer
 from prefect_webapi_jobserver import ReportJob
 from prefect_webapi_jobserver.models import JobHandle
 from tests.support.engine import at, request, run
-from tests.support.ledger import another_store, sqlite_url
+from tests.support.ledger import another_store, ledger_of
 from tests.support.plugins import SinglePlugin, entry
 from tests.support.waiting import eventually
 
@@ -122,7 +122,7 @@ async def test_equal_calls_of_two_processes_at_once_are_two_jobs(
     assert all(outcome.info.phase is Phase.SUCCESS for outcome in outcomes)
     assert len({outcome.job_key for outcome in outcomes}) == 2
     assert job_server.stats().created == 2
-    async with another_store(sqlite_url(tmp_path / "webapi.db")) as store:
+    async with another_store(ledger_of(tmp_path)) as store:
         assert sorted(record.ordinal for record in await store.select()) == [0, 1]
 
 
@@ -179,7 +179,7 @@ async def test_the_place_that_was_taken_is_the_place_that_is_given_back(
     """CASE-274, REQ-82: whatever the author says later."""
     WaveringPlugin.asked = 0
     config = {"resourceQuotas": {"a": 1, "b": 1}}
-    url = sqlite_url(tmp_path / "webapi.db")
+    url = ledger_of(tmp_path)
     with at(tmp_path, job_server, config, entries=[entry(WaveringPlugin, "wavering")]) as host:
         tickets = [
             host.admit(request(ReportJob(outcome="never", day=n), task_type="wavering"))

@@ -35,6 +35,7 @@ from prefect_webapi.registry import Connection, Plugins, Registry, digest
 from prefect_webapi.testing import EmbeddedJobServer
 from prefect_webapi_jobserver import JobServer
 from tests.support.jobserver import TOKEN
+from tests.support.ledger import ledger_of
 from tests.support.plugins import ALL
 
 QUICK = {
@@ -157,7 +158,6 @@ def engine(
     blocks: Mapping[str, Any],
     *,
     speed: float = 1.0,
-    ledger_url: str | None = None,
     epoch: float | None = None,
     store: type[SqlStore] = SqlStore,
     outputs: OutputStore | None = None,
@@ -177,7 +177,7 @@ def engine(
         services = Services(
             runtime_id=me.id,
             clock=clock,
-            store=store(ledger_url or f"sqlite+aiosqlite:///{folder}/webapi.db", clock=clock),
+            store=store(ledger_of(folder), clock=clock),
             plugins=Plugins(registry, connections, metrics=counts, clock=clock),
             gates=Gates(clock, counts),
             quotas=Quotas(slots(clock), clock=clock, metrics=counts),

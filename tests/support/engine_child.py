@@ -33,7 +33,13 @@ __all__ = ["Child", "End", "Work", "carry_out", "child", "hosted"]
 
 _nursery = multiprocessing.get_context("forkserver")
 _nursery.set_forkserver_preload(
-    ["tests.support.engine_child", "aiosqlite", "alembic.command", "anyio._backends._asyncio"]
+    [
+        "tests.support.engine_child",
+        "aiosqlite",
+        "asyncpg",
+        "alembic.command",
+        "anyio._backends._asyncio",
+    ]
 )
 
 

@@ -21,7 +21,7 @@ from prefect_webapi.ledger.records import Details, Draft, JobState, Move, MoveRe
 from prefect_webapi.ledger.sql import SqlStore
 from prefect_webapi.ledger.store import Store
 
-__all__ = ["another_store", "draft_for", "moved", "sqlite_url"]
+__all__ = ["another_store", "draft_for", "ledger_of", "moved", "sqlite_url"]
 
 
 class PostgresServer(Protocol):
@@ -34,6 +34,15 @@ class PostgresServer(Protocol):
 
 def sqlite_url(path: Path) -> str:
     return f"sqlite:///{quote(str(path))}"
+
+
+_NAMED = "ledger-url"
+
+
+def ledger_of(folder: Path) -> str:
+    """URL of the ledger that the engines of a test's folder share, in whichever process: see `each_ledger`."""
+    named = folder / _NAMED
+    return named.read_text() if named.exists() else sqlite_url(folder / "webapi.db")
 
 
 @pytest.fixture(scope="session")
@@ -71,6 +80,14 @@ def ledger_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         return sqlite_url(tmp_path / "ledger.db")
     url: str = request.getfixturevalue("postgres_url")
     return url
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.chaos)])
+def each_ledger(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Has the engines of `tmp_path` run on SQLite, and under `-m chaos` on Postgres too; returns the URL."""
+    if request.param == "postgres":
+        (tmp_path / _NAMED).write_text(request.getfixturevalue("postgres_url"))
+    return ledger_of(tmp_path)
 
 
 @asynccontextmanager
