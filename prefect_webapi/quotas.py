@@ -1,8 +1,12 @@
 """Places for jobs: who gets the next one, and that it stays held until the job is gone.
 
-`Quotas` keeps one queue per limit, takes leases from `Slots` for whoever is first, and renews every lease
-of the process in one task. Whether a job may start is not decided here alone: the ledger's count is asked
-by `admit`. Without quotas nothing here is called.
+A job takes places of one limit or of several (its namespace's quota, constraints), of all at once or of none.
+`Quotas` keeps one queue per set of limits, first come, first served, takes leases from `Slots` for whoever is first
+in one, and renews every lease of the process in one task. Queues of different sets don't wait for each other here: a
+project that has used up its share must not hold up the next one. Where two sets share a limit the ledger says which
+of their first ones goes first (`turn`; the rule is in `ledger/turns.py`), and so it does among processes. Whether a
+job may start is not decided here alone either: the ledger's count is asked by `admit`. Without quotas nothing here
+is called.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ import logging
 import math
 import random
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -125,10 +129,9 @@ class Slots(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """What a waiting job can tell. `position` 1 is next."""
+    """What a waiting job can tell. `position` 1 is next of those who wait for these limits (name to places)."""
 
-    name: str
-    limit: int
+    limits: Mapping[str, int]
     position: int
     since: datetime
     waited: timedelta
@@ -136,6 +139,10 @@ class Waiting:
 
 def _ignore(_: SlotLease) -> None:
     return None
+
+
+async def _always(_: bool, /) -> bool:
+    return True
 
 
 @dataclass(slots=True, eq=False)
@@ -151,12 +158,18 @@ class _Waiter:
 
 
 @dataclass(slots=True, eq=False)
-class _Queue:
-    """Who waits for one limit. `freed` wakes the first of them; until `busy_until` no lost lease is taken anew."""
+class _Limit:
+    """`ensured`: Prefect has it with this value."""
 
-    name: str
-    limit: int | None = None
+    value: int
     ensured: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class _Queue:
+    """Who waits for these limits. `freed` wakes the first of them; until `busy_until` no lost lease is taken anew."""
+
+    names: tuple[str, ...]
     busy_until: float = -math.inf
     waiters: OrderedDict[_Waiter, None] = field(default_factory=OrderedDict[_Waiter, None])
     freed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -171,12 +184,12 @@ class _Held:
         ids: every lease this job has had here.
         expires: until then the server can't have given the slots to others.
         due: when to look after it.
-        owes: the server forgot the lease and still counts the slots.
+        owed: limits of which the server forgot the lease and still counts the slots.
         gone: nobody needs it any more.
         foreign: taken by a process that is dead; known by its id only.
     """
 
-    name: str
+    names: tuple[str, ...]
     weight: int
     holder: str
     changed: Callable[[SlotLease], None] = _ignore
@@ -185,7 +198,7 @@ class _Held:
     confirmed: float = -math.inf
     expires: float = -math.inf
     due: float = math.inf
-    owes: bool = False
+    owed: list[str] = field(default_factory=list[str])
     gone: bool = False
     foreign: bool = False
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -214,7 +227,8 @@ class Quotas:
         self._clock = clock
         self._metrics = metrics
         self._seconds = lease.total_seconds()
-        self._queues: dict[str, _Queue] = {}
+        self._limits: dict[str, _Limit] = {}
+        self._queues: dict[tuple[str, ...], _Queue] = {}
         self._held: dict[str, _Held] = {}
         self._restless: set[_Held] = set()  # all that the renewer looks after
         self._released: OrderedDict[str, None] = OrderedDict()
@@ -250,34 +264,36 @@ class Quotas:
 
     async def configure(self, name: str, limit: int) -> None:
         """Set a limit. Those who wait are served by the new one at once; nothing that runs is touched."""
-        queue = self._queue(name)
-        if queue.limit == limit and queue.ensured:
+        known = self._limits.get(name)
+        if known is not None and known.value == limit and known.ensured:
             return
-        queue.limit = limit
-        queue.ensured = False
+        self._limits[name] = limit_now = _Limit(limit)
         try:
             await self._slots.ensure(name, limit)
         except SlotsUnavailable as error:
             self._note_trouble(error)  # whoever is first in the queue tries again
         else:
-            queue.ensured = queue.limit == limit
-        queue.freed.set()
+            limit_now.ensured = True
+        self._wake([name])
 
     async def acquire(
         self,
-        name: str,
+        names: Iterable[str],
         *,
         weight: int,
         holder: str,
         admit: Callable[[SlotLease], Awaitable[bool]],
         waiting: Callable[[Waiting], None],
+        turn: Callable[[bool], Awaitable[bool]] = _always,
         changed: Callable[[SlotLease], None] = _ignore,
     ) -> SlotLease:
         """Wait for a place, first come, first served.
 
         Args:
-            name: a limit that was `configure`d.
-            weight: slots the job takes.
+            names: limits that were `configure`d.
+            weight: slots the job takes of each.
+            turn: whether the first in the queue may ask for a lease now, or somebody elsewhere goes first. Its
+                argument: it has asked before, and there was no room.
             admit: asked by the first in the queue with its lease: the ledger's count, and the durable note of the
                 lease. False: full; it is asked again when a place is freed here, or a second later. It runs
                 under a shield.
@@ -288,21 +304,21 @@ class Quotas:
             The lease, renewed from now on until `release` or `forget`.
 
         Raises:
-            ConfigurationError: `weight` is above the limit, so the job could never start.
+            ConfigurationError: `weight` is above a limit, so the job could never start.
         """
-        queue = self._queue(name)
+        queue = self._queue(names)
         self._check(queue, weight)
         now = self._clock.monotonic()
         waiter = _Waiter(waiting, self._clock.now(), now, now, len(queue.waiters) + 1)
-        held = _Held(name, weight, holder, changed)
+        held = _Held(queue.names, weight, holder, changed)
         queue.waiters[waiter] = None
-        plugin = _plugin_of(name)
+        plugin = _plugin_of(queue.names)
         self._metrics.add("waiting_jobs", 1, plugin=plugin)
         try:
             if waiter.position > 1:
                 self._tell(queue, waiter)
                 await waiter.turn.wait()
-            lease = await self._get_place(queue, waiter, held, admit)
+            lease = await self._get_place(queue, waiter, held, admit, turn)
         except BaseException:
             self._let_go(held)
             raise
@@ -315,7 +331,7 @@ class Quotas:
         )
         return lease
 
-    def release(self, name: str, lease: SlotLease | None, *, weight: int) -> None:
+    def release(self, names: Iterable[str], lease: SlotLease | None, *, weight: int) -> None:
         """Give a place back after its job is gone and the ledger no longer counts it.
 
         Returns at once; the call is repeated until Prefect has taken it. A second release of a lease does
@@ -324,18 +340,18 @@ class Quotas:
         Args:
             lease: any lease the job has had; None: it had none, only the queue is told.
         """
-        if (queue := self._queues.get(name)) is not None:
-            queue.freed.set()
+        names = tuple(sorted(names))
         if lease is None or lease.id in self._released:
+            self._wake(names)
             return
         held = self._held.get(lease.id)
         if held is None:
-            held = _Held(name, weight, "", lease=lease, ids=[lease.id], foreign=True)
+            held = _Held(names, weight, "", lease=lease, ids=[lease.id], foreign=True)
         self._let_go(held)
 
     def adopt(
         self,
-        name: str,
+        names: Iterable[str],
         lease: SlotLease,
         *,
         weight: int,
@@ -354,7 +370,7 @@ class Quotas:
             return
         now = self._clock.monotonic()
         left = (lease.until - self._clock.now()).total_seconds()
-        held = _Held(name, weight, holder, changed, due=now)
+        held = _Held(tuple(sorted(names)), weight, holder, changed, due=now)
         held.expires = now + left - self._real(MARGIN_SECONDS)
         self._keep(held, lease)
         self._nudge.set()
@@ -381,19 +397,28 @@ class Quotas:
             lease=timedelta(seconds=self._seconds),
         )
 
-    def _queue(self, name: str) -> _Queue:
-        return self._queues.setdefault(name, _Queue(name))
+    def _queue(self, names: Iterable[str]) -> _Queue:
+        key = tuple(sorted(names))
+        return self._queues.setdefault(key, _Queue(key))
+
+    def _wake(self, names: Iterable[str]) -> None:
+        """Let those who wait for one of these limits look again."""
+        for queue in self._queues.values():
+            if queue.waiters and not set(queue.names).isdisjoint(names):
+                queue.freed.set()
 
     def _check(self, queue: _Queue, weight: int) -> None:
-        if queue.limit is None:
-            raise ConfigurationError(
-                f"quota {queue.name} has no limit yet. Add its namespace to the block's resource quotas."
-            )
-        if weight > queue.limit:
-            raise ConfigurationError(
-                f"a job asks for {weight} places of quota {queue.name}, which has {queue.limit}: it could never "
-                "start. Raise the quota or ask for less."
-            )
+        for name in queue.names:
+            limit = self._limits.get(name)
+            if limit is None:
+                raise ConfigurationError(
+                    f"quota {name} has no limit yet. Add its namespace to the block's resource quotas."
+                )
+            if weight > limit.value:
+                raise ConfigurationError(
+                    f"a job asks for {weight} places of quota {name}, which has {limit.value}: it could never "
+                    "start. Raise the quota or ask for less."
+                )
 
     async def _get_place(
         self,
@@ -401,13 +426,17 @@ class Quotas:
         waiter: _Waiter,
         held: _Held,
         admit: Callable[[SlotLease], Awaitable[bool]],
+        turn: Callable[[bool], Awaitable[bool]],
     ) -> SlotLease:
         """What the first in the queue does."""
+        in_vain = False
         while True:
             queue.freed.clear()
             self._check(queue, held.weight)
-            if held not in self._restless:  # else the renewer sees to its lease
-                await self._ask(queue, held)
+            may_ask = await turn(in_vain)
+            in_vain = True
+            if may_ask and held not in self._restless:  # else the renewer sees to its lease
+                in_vain = await self._ask(held)  # who is without Prefect holds nobody up
             lease = held.lease
             if lease is not None:
                 admitted = False
@@ -422,13 +451,19 @@ class Quotas:
             with anyio.move_on_after(self._clock.real(ASK_SECONDS)):
                 await queue.freed.wait()
 
-    async def _ask(self, queue: _Queue, held: _Held) -> None:
-        """Ask for a lease in a task of our own: who stops waiting for the answer leaves no slot behind."""
+    async def _ask(self, held: _Held) -> bool:
+        """Ask for a lease in a task of our own: who stops waiting for the answer leaves no slot behind.
+
+        Returns:
+            Whether there was an answer.
+        """
         done = asyncio.Event()
+        was_answered = False
 
         async def ask() -> None:
+            nonlocal was_answered
             try:
-                await self._take(queue, held)
+                was_answered = await self._take(held)
             finally:
                 done.set()
             if held.gone and held.lease is not None:
@@ -436,26 +471,33 @@ class Quotas:
 
         self._tasks.start_soon(ask)
         await done.wait()
+        return was_answered
 
-    async def _take(self, queue: _Queue, held: _Held) -> None:
+    async def _take(self, held: _Held) -> bool:
         sent = self._clock.monotonic()
         try:
-            if not queue.ensured and queue.limit is not None:
-                limit = queue.limit
-                await self._slots.ensure(queue.name, limit)
-                queue.ensured = queue.limit == limit
-            answer = await self._slots.acquire([held.name], held.weight, held.holder, self._seconds)
+            for name in held.names:
+                limit = self._limits.get(name)
+                if limit is not None and not limit.ensured:
+                    await self._slots.ensure(name, limit.value)
+                    limit.ensured = True
+            answer = await self._slots.acquire(held.names, held.weight, held.holder, self._seconds)
         except SlotsUnavailable as error:
             self._note_trouble(error)
-            return
+            return False
         if isinstance(answer, SlotLease):
             held.confirmed = sent
             held.expires = sent + self._real(self._seconds)
             held.due = self._next_round()
             self._keep(held, answer)
+        return True
 
     def _move_up(self, queue: _Queue) -> None:
-        """Somebody has left the queue: the first may act, those behind hear their new position."""
+        """Somebody has left the queue: the first may act, those behind hear their new position.
+
+        Those who let him go first in other queues may act as well.
+        """
+        self._wake(queue.names)
         for position, waiter in enumerate(islice(queue.waiters, TOLD_AT_ONCE), start=1):
             if position == 1:
                 waiter.turn.set()  # says itself that it waits, should it have to
@@ -477,8 +519,7 @@ class Quotas:
         waiter.told = self._clock.monotonic()
         waiter.tell(
             Waiting(
-                queue.name,
-                queue.limit or 0,
+                {name: limit.value for name in queue.names if (limit := self._limits.get(name))},
                 waiter.position,
                 waiter.since,
                 timedelta(seconds=max(0.0, waiter.told - waiter.began)),
@@ -499,7 +540,7 @@ class Quotas:
     def _keep(self, held: _Held, lease: SlotLease) -> None:
         if held not in self._restless:
             self._restless.add(held)
-            self._metrics.add("held_slots", held.weight, plugin=_plugin_of(held.name))
+            self._metrics.add("held_slots", held.weight, plugin=_plugin_of(held.names))
         held.lease = lease
         held.ids.append(lease.id)
         self._held[lease.id] = held
@@ -509,7 +550,7 @@ class Quotas:
             self._held.pop(lease_id, None)
         if held in self._restless:
             self._restless.remove(held)
-            self._metrics.add("held_slots", -held.weight, plugin=_plugin_of(held.name))
+            self._metrics.add("held_slots", -held.weight, plugin=_plugin_of(held.names))
 
     def _let_go(self, held: _Held) -> None:
         if held.gone:
@@ -520,7 +561,7 @@ class Quotas:
             self._released[lease_id] = None
         while len(self._released) > REMEMBERED_RELEASES:
             self._released.popitem(last=False)
-        if held.lease is not None or held.owes or held.lock.locked():
+        if held.lease is not None or held.owed or held.lock.locked():
             self._start_release(held)
 
     def _start_release(self, held: _Held) -> None:
@@ -531,12 +572,12 @@ class Quotas:
 
     async def _free(self, held: _Held) -> None:
         """Give slots back, however long it takes."""
-        plugin = _plugin_of(held.name)
+        plugin = _plugin_of(held.names)
         pause = 0.25
         try:
             async with held.lock:
                 self._drop(held)  # the renewer may have taken a new lease meanwhile
-                while held.lease is not None or held.owes:
+                while held.lease is not None or held.owed:
                     try:
                         async with self._calls:
                             await self._free_once(held)
@@ -550,8 +591,7 @@ class Quotas:
         finally:
             self._releasing -= 1
             self._quiet.set()
-        if (queue := self._queues.get(held.name)) is not None:
-            queue.freed.set()
+        self._wake(held.names)
 
     async def _free_once(self, held: _Held) -> None:
         if held.lease is not None:
@@ -559,11 +599,10 @@ class Quotas:
             if held.foreign or not stale or await self._confirm(held, held.lease):
                 await self._slots.release(held.lease.id)
                 held.lease = None
-        if held.owes:
-            await self._settle_debt(held)
+        await self._settle_debt(held)
 
     async def _confirm(self, held: _Held, lease: SlotLease) -> bool:
-        """Renew a lease. False: it is lost, and `owes` says whether its slots are still counted."""
+        """Renew a lease. False: it is lost, and `owed` says where its slots are still counted."""
         sent = self._clock.monotonic()
         if await self._slots.renew(lease.id, self._seconds):
             held.confirmed = sent
@@ -572,26 +611,28 @@ class Quotas:
             return True
         held.lease = None
         # Within its time nobody but the server itself can have lost it, and that by a restart.
-        held.owes = sent < held.expires
-        cause = "server" if held.owes else "lapsed"
+        held.owed = list(held.names) if sent < held.expires else []
+        cause = "server" if held.owed else "lapsed"
         self._metrics.count(
-            "lost_slots_total", held.weight, plugin=_plugin_of(held.name), cause=cause
+            "lost_slots_total", held.weight, plugin=_plugin_of(held.names), cause=cause
         )
         logger.warning(
             "a lease of %d slots of %s was lost (%s); its job goes on",
             held.weight,
-            held.name,
-            "Prefect's server restarted" if held.owes else "it lapsed unrenewed",
+            " and ".join(held.names),
+            "Prefect's server restarted" if held.owed else "it lapsed unrenewed",
         )
         return False
 
     async def _settle_debt(self, held: _Held) -> None:
-        held.owes = False
-        try:
-            await self._slots.give_back(held.name, held.weight)
-        except SlotsUnavailable as error:
-            held.owes = not error.maybe_done  # twice would free a place of somebody else
-            raise
+        while held.owed:
+            name = held.owed.pop()
+            try:
+                await self._slots.give_back(name, held.weight)
+            except SlotsUnavailable as error:
+                if not error.maybe_done:  # twice would free a place of somebody else
+                    held.owed.append(name)
+                raise
 
     async def _renew(self) -> None:
         """Look after every lease of the process."""
@@ -618,15 +659,15 @@ class Quotas:
             try:
                 if held.lease is not None and await self._confirm(held, held.lease):
                     return
-                if held.owes and not held.gone:
+                if not held.gone:
                     await self._settle_debt(held)
             except SlotsUnavailable as error:
                 self._note_trouble(error)
                 return
-            queue = self._queue(held.name)
+            queue = self._queue(held.names)
             if held.gone or self._clock.monotonic() < queue.busy_until:
                 return
-            await self._take(queue, held)
+            await self._take(held)
             if held.lease is None:
                 queue.busy_until = self._clock.monotonic() + self._real(ASK_SECONDS)
             elif held.gone:
@@ -648,8 +689,8 @@ class Quotas:
             self._troubles = 0
 
 
-def _plugin_of(name: str) -> str:
-    parts = name.split(":")
+def _plugin_of(names: Sequence[str]) -> str:
+    parts = names[0].split(":")
     return parts[1] if len(parts) > 1 else ""
 
 
@@ -693,7 +734,7 @@ async def repair(
         if leaked:
             await slots.give_back(name, leaked)
             repaired[name] = leaked
-            metrics.count("repaired_slots_total", leaked, plugin=_plugin_of(name))
+            metrics.count("repaired_slots_total", leaked, plugin=_plugin_of([name]))
             logger.warning("gave %d leaked slots of %s back", leaked, name)
     return repaired
 

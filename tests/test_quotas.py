@@ -41,8 +41,8 @@ class Server:
     clock: LoopClock = field(default_factory=LoopClock)
     limits: dict[str, int] = field(default_factory=dict[str, int])
     taken: dict[str, int] = field(default_factory=dict[str, int])
-    leases: dict[str, tuple[str, int, float]] = field(
-        default_factory=dict[str, tuple[str, int, float]]
+    leases: dict[str, tuple[Sequence[str], int, float]] = field(
+        default_factory=dict[str, tuple[Sequence[str], int, float]]
     )
     calls: list[tuple[str, float]] = field(default_factory=list[tuple[str, float]])
     highest: int = 0
@@ -58,10 +58,14 @@ class Server:
             raise SlotsUnavailable("Prefect's API can't be reached", maybe_done=False)
         await asyncio.sleep(self.latency)
         now = self.clock.monotonic()
-        for lease_id, (name, slots, until) in list(self.leases.items()):
+        for lease_id, (_, _, until) in list(self.leases.items()):
             if until < now:
-                self.taken[name] -= slots
-                del self.leases[lease_id]
+                self._end(lease_id)
+
+    def _end(self, lease_id: str) -> None:
+        names, slots, _ = self.leases.pop(lease_id, ((), 0, 0.0))
+        for name in names:
+            self.taken[name] -= slots
 
     def restart(self) -> None:
         self.leases.clear()
@@ -78,14 +82,14 @@ class Server:
         self, names: Sequence[str], slots: int, holder: str, seconds: float
     ) -> SlotLease | Busy:
         await self._call("acquire")
-        (name,) = names
-        if self.taken[name] + slots > self.limits[name]:
+        if any(self.taken[name] + slots > self.limits[name] for name in names):
             return Busy(30.0)
-        self.taken[name] += slots
-        self.highest = max(self.highest, self.taken[name])
+        for name in names:
+            self.taken[name] += slots
+            self.highest = max(self.highest, self.taken[name])
         self.made += 1
         lease_id = f"lease-{self.made}"
-        self.leases[lease_id] = (name, slots, self.clock.monotonic() + seconds)
+        self.leases[lease_id] = (names, slots, self.clock.monotonic() + seconds)
         await asyncio.sleep(self.latency)  # the answer is on its way
         return SlotLease(lease_id, self.clock.now() + timedelta(seconds=seconds))
 
@@ -93,15 +97,13 @@ class Server:
         await self._call("renew")
         if lease_id not in self.leases:
             return False
-        name, slots, _ = self.leases[lease_id]
-        self.leases[lease_id] = (name, slots, self.clock.monotonic() + seconds)
+        names, slots, _ = self.leases[lease_id]
+        self.leases[lease_id] = (names, slots, self.clock.monotonic() + seconds)
         return True
 
     async def release(self, lease_id: str) -> None:
         await self._call("release")
-        name, slots, _ = self.leases.pop(lease_id, ("", 0, 0.0))
-        if name:
-            self.taken[name] -= slots
+        self._end(lease_id)
 
     async def give_back(self, name: str, slots: int) -> None:
         await self._call("give_back")
@@ -154,7 +156,7 @@ async def take(
     changed: Callable[[SlotLease], None] = lambda lease: None,
 ) -> SlotLease:
     return await quotas.acquire(
-        NAME, weight=weight, holder="", admit=admit_all, waiting=waiting, changed=changed
+        [NAME], weight=weight, holder="", admit=admit_all, waiting=waiting, changed=changed
     )
 
 
@@ -177,7 +179,7 @@ def test_ten_waiters_get_their_places_in_order_of_arrival_and_at_once() -> None:
             order.append(number)
             starts.append(loop.time())
             await asyncio.sleep(5.5)
-            quotas.release(NAME, lease, weight=1)
+            quotas.release([NAME], lease, weight=1)
 
         async with open_quotas(server, limit=1) as quotas, anyio.create_task_group() as group:
             for number in range(10):
@@ -201,7 +203,7 @@ def test_a_waiting_job_hears_every_ten_seconds_how_long_it_waits() -> None:
             await take(quotas)
             with anyio.move_on_after(65):
                 await take(quotas, waiting=heard.append)
-        assert {(wait.name, wait.limit, wait.position) for wait in heard} == {(NAME, 1, 1)}
+        assert all((wait.limits, wait.position) == ({NAME: 1}, 1) for wait in heard)
         waited = [wait.waited.total_seconds() for wait in heard]
         assert waited == pytest.approx([0, 10, 20, 30, 40, 50, 60], abs=4)
         assert len({wait.since for wait in heard}) == 1
@@ -219,7 +221,7 @@ def test_a_place_freed_by_another_process_is_seen_within_two_seconds() -> None:
             async with anyio.create_task_group() as group:
                 group.start_soon(take, here)
                 await asyncio.sleep(7.3)
-                there.release(NAME, lease, weight=1)
+                there.release([NAME], lease, weight=1)
                 await asyncio.sleep(2)
                 assert server.count("acquire") > 2
                 assert server.taken[NAME] == 1
@@ -235,7 +237,7 @@ def test_a_second_release_frees_nobody_elses_place() -> None:
         async with open_quotas(server, limit=2) as quotas:
             mine, _ = await take(quotas), await take(quotas)
             for _ in range(3):
-                quotas.release(NAME, mine, weight=1)
+                quotas.release([NAME], mine, weight=1)
                 await asyncio.sleep(1)
             assert server.taken[NAME] == 1
             assert server.count("release") == 1
@@ -264,10 +266,10 @@ def test_a_lowered_limit_starts_nobody_until_there_is_room_and_a_raised_one_star
                 for _ in range(4):
                     group.start_soon(job, quotas)
                 for lease in leases[:5]:
-                    quotas.release(NAME, lease, weight=1)
+                    quotas.release([NAME], lease, weight=1)
                 await asyncio.sleep(5)
                 assert (started, server.taken[NAME]) == (0, 5)
-                quotas.release(NAME, leases[5], weight=1)
+                quotas.release([NAME], leases[5], weight=1)
                 await asyncio.sleep(0.5)
                 assert started == 1
                 await quotas.configure(NAME, 8)
@@ -320,12 +322,12 @@ def test_a_full_ledger_keeps_the_first_waiting_with_its_lease_until_it_admits() 
                 assert server.count("renew") >= 7  # the lease is held meanwhile
                 ledger.room = 1
                 await asyncio.sleep(0)
-                quotas.release(NAME, None, weight=1)  # a job without a lease is gone
+                quotas.release([NAME], None, weight=1)  # a job without a lease is gone
 
             async with anyio.create_task_group() as group:
                 group.start_soon(make_room)
                 await quotas.acquire(
-                    NAME, weight=1, holder="", admit=ledger.admit, waiting=nobody_listens
+                    [NAME], weight=1, holder="", admit=ledger.admit, waiting=nobody_listens
                 )
             assert loop.time() < 301.3
             assert server.taken[NAME] == 1
@@ -345,7 +347,7 @@ def test_a_cancelled_waiter_leaves_at_once_and_leaves_no_slot_behind(moment: flo
             began = loop.time()
             with anyio.move_on_after(moment):
                 await quotas.acquire(
-                    NAME, weight=1, holder="", admit=ledger.admit, waiting=nobody_listens
+                    [NAME], weight=1, holder="", admit=ledger.admit, waiting=nobody_listens
                 )
             assert loop.time() - began < moment + 0.02
             await asyncio.sleep(1)
@@ -365,7 +367,7 @@ def test_a_place_that_the_ledger_has_noted_is_never_lost_to_a_cancellation() -> 
         async with open_quotas(server, limit=1) as quotas:
             with anyio.move_on_after(0.023) as scope:
                 got = await quotas.acquire(
-                    NAME, weight=1, holder="", admit=ledger.admit, waiting=nobody_listens
+                    [NAME], weight=1, holder="", admit=ledger.admit, waiting=nobody_listens
                 )
             assert scope.cancel_called
             assert ledger.live == 1
@@ -389,14 +391,14 @@ def test_a_waiter_cancelled_in_the_middle_of_the_queue_is_not_missed() -> None:
                 with scopes[number]:
                     lease = await take(quotas)
                     order.append(number)
-                    quotas.release(NAME, lease, weight=1)
+                    quotas.release([NAME], lease, weight=1)
 
             for number in range(5):
                 group.start_soon(job, number)
                 await asyncio.sleep(0.1)
             scopes[2].cancel()
             scopes[0].cancel()
-            quotas.release(NAME, first, weight=1)
+            quotas.release([NAME], first, weight=1)
         assert order == [1, 3, 4]
 
     run(scenario())
@@ -413,7 +415,7 @@ def test_an_error_of_the_ledger_gives_the_lease_back_and_reaches_the_caller() ->
         async with open_quotas(server, limit=1) as quotas:
             with pytest.raises(OSError, match="disk full"):
                 await quotas.acquire(
-                    NAME, weight=1, holder="", admit=broken, waiting=nobody_listens
+                    [NAME], weight=1, holder="", admit=broken, waiting=nobody_listens
                 )
             await asyncio.sleep(1)
             assert server.taken[NAME] == 0
@@ -482,7 +484,7 @@ def test_a_lease_that_lapsed_is_taken_anew_when_there_is_room_and_nothing_is_giv
             await server.release(other.id)
             await asyncio.sleep(3)
             assert [lease.id for lease in changed] == list(server.leases)
-            quotas.release(NAME, mine, weight=1)  # the caller may still know only the first one
+            quotas.release([NAME], mine, weight=1)  # the caller may still know only the first one
             await asyncio.sleep(1)
             assert (server.taken[NAME], server.leases) == (0, {})
 
@@ -541,7 +543,7 @@ def test_a_release_is_repeated_until_it_is_done_and_each_try_is_counted() -> Non
         async with open_quotas(server, limit=1, metrics=metrics) as quotas:
             lease = await take(quotas)
             assert metrics.value("held_slots", plugin="jobs") == 1
-            quotas.release(NAME, lease, weight=1)
+            quotas.release([NAME], lease, weight=1)
             await asyncio.sleep(0.05)
             assert metrics.value("slot_releases_total", plugin="jobs", outcome="failed") == 1
             assert metrics.value("slot_releases_total", plugin="jobs", outcome="ok") == 0
@@ -562,7 +564,7 @@ def test_a_release_after_a_restart_of_the_server_still_frees_the_slot() -> None:
             lease = await take(quotas)
             await asyncio.sleep(10)
             server.restart()
-            quotas.release(NAME, lease, weight=1)
+            quotas.release([NAME], lease, weight=1)
             await asyncio.sleep(1)
             assert server.taken[NAME] == 0
 
@@ -576,11 +578,11 @@ def test_leaving_waits_for_releases_and_leaves_what_runs_alone() -> None:
         server = Server(latency=1.0)
         async with open_quotas(server, limit=2) as quotas:
             gone, _ = await take(quotas), await take(quotas)
-            quotas.release(NAME, gone, weight=1)
+            quotas.release([NAME], gone, weight=1)
         assert server.taken[NAME] == 1
         server.is_down = True
         async with open_quotas(server, limit=2) as quotas:
-            quotas.release(NAME, SlotLease("lease-2", server.clock.now()), weight=1)
+            quotas.release([NAME], SlotLease("lease-2", server.clock.now()), weight=1)
         assert server.taken[NAME] == 1
 
     run(scenario())
@@ -598,7 +600,7 @@ def test_the_wait_for_a_place_is_measured() -> None:
                 group.start_soon(take, quotas)
                 await asyncio.sleep(20)
                 assert metrics.value("waiting_jobs", plugin="jobs") == 1
-                quotas.release(NAME, lease, weight=1)
+                quotas.release([NAME], lease, weight=1)
             assert metrics.value("slot_wait_seconds_sum", plugin="jobs") == pytest.approx(20, abs=1)
             assert metrics.value("slot_wait_seconds_count", plugin="jobs") == 2
 
@@ -614,10 +616,10 @@ def test_an_adopted_lease_is_renewed_at_once_and_released_like_any_other() -> No
             lease = await take(quotas)
         await asyncio.sleep(115)
         async with open_quotas(server, limit=1) as quotas:
-            quotas.adopt(NAME, lease, weight=1, holder="")
+            quotas.adopt([NAME], lease, weight=1, holder="")
             await asyncio.sleep(300)
             assert list(server.leases) == [lease.id]
-            quotas.release(NAME, lease, weight=1)
+            quotas.release([NAME], lease, weight=1)
             await asyncio.sleep(1)
             assert (server.taken[NAME], server.leases) == (0, {})
 
@@ -639,7 +641,7 @@ def test_an_adopted_lease_that_is_lost_is_replaced_and_the_new_one_told(
             server.restart()
         await asyncio.sleep(away)
         async with open_quotas(server, limit=1) as quotas:
-            quotas.adopt(NAME, lease, weight=1, holder="", changed=changed.append)
+            quotas.adopt([NAME], lease, weight=1, holder="", changed=changed.append)
             await asyncio.sleep(5)
             assert server.count("give_back") == given_back
             assert [new.id for new in changed] == list(server.leases)
@@ -732,11 +734,11 @@ def test_places_that_change_hands_while_we_look_are_no_surplus() -> None:
             async def jobs() -> None:
                 while True:
                     lease = await quotas.acquire(
-                        NAME, weight=1, holder="", admit=ledger.admit, waiting=nobody_listens
+                        [NAME], weight=1, holder="", admit=ledger.admit, waiting=nobody_listens
                     )
                     await asyncio.sleep(0.07)
                     ledger.live -= 1
-                    quotas.release(NAME, lease, weight=1)
+                    quotas.release([NAME], lease, weight=1)
 
             async def held(name: str) -> int:
                 return ledger.live

@@ -161,7 +161,7 @@ def job_page(record: Record, attempts: Sequence[Attempt]) -> Table:
     tries = f"creates sent: {_creates(record)}"
     deletes = f", deletes sent: {details.delete_tries}" if details.delete_tries else ""
     cancel = record.cancel_reason or ""
-    quota = f"{record.quota} ({record.weight} of its places)" if record.quota else ""
+    quota = f"{', '.join(record.quotas)} ({record.weight} of its places)" if record.quotas else ""
     return pairs(
         [
             ("job", Text(record.key, style="bold")),
@@ -244,7 +244,7 @@ def job_data(record: Record, attempts: Sequence[Attempt] | None = None) -> dict[
             {"name": step.name, "at": _iso(step.at), "reason": mask_url(step.reason)}
             for step in details.steps
         ],
-        "quota": record.quota,
+        "quotas": list(record.quotas),
         "weight": record.weight,
         "deadline": _iso(record.deadline),
         "flow_run": record.flow_run or None,

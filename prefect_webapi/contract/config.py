@@ -317,6 +317,19 @@ class EngineFields(BaseModel):
     initial_interval: Annotated[
         GoDuration, Between(timedelta(milliseconds=10), timedelta(hours=1))
     ] = Field(default=_SECOND, description="First gap between two reads of a new job, 10ms to 1h.")
+    project: Annotated[str, Field(min_length=1)] | None = Field(
+        default=None,
+        description=(
+            "Project that jobs count under where a plugin bounds projects; empty: the tag project:…, else the "
+            "deployment."
+        ),
+    )
+    pool: Annotated[str, Field(min_length=1)] | None = Field(
+        default=None,
+        description=(
+            "Part of a project that jobs count under where a plugin bounds those; empty: the work pool."
+        ),
+    )
     abandon_after: Annotated[GoDuration, Between(_SECOND, _YEAR)] = Field(
         default=timedelta(hours=24),
         description=(

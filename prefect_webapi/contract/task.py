@@ -103,7 +103,12 @@ class TaskExecutionMetadata:
 
 
 class ResourceConstraintsSpec(BaseModel):
-    """Further bounds inside a namespace; None: no bound at that level. Not enforced yet."""
+    """Further bounds inside a namespace, in places; None: no bound at that level.
+
+    Attributes:
+        project_scope: most places that one project's jobs take; namespace_scope: that those of one project in one
+            work pool take. Jobs that name different numbers for one scope: the latest counts.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -117,9 +122,11 @@ class ResourceRequirements(BaseModel):
     Attributes:
         namespace: a key of `resource_quotas`; sub-namespaces are parted by `:`.
         constraints: further bounds inside it.
+        places: how many places the job takes, of the quota and of each bound.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     namespace: str = "default"
     constraints: ResourceConstraintsSpec = ResourceConstraintsSpec()
+    places: int = Field(default=1, ge=1)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import anyio
@@ -72,12 +73,18 @@ class Capacity:
 
 @dataclass(slots=True)
 class Channel:
-    """One plugin's connection. `quotas`: ``dict[namespace, jobs]`` as last registered."""
+    """One plugin's connection.
+
+    Attributes:
+        quotas: ``dict[namespace, places]`` as last registered.
+        limits: ``dict[limit's name, places]`` as last set: quotas and constraints.
+    """
 
     loaded: Loaded
     poller: Poller
     capacity: Capacity
-    quotas: dict[str, int]
+    quotas: dict[str, int] = field(default_factory=dict[str, int])
+    limits: dict[str, int] = field(default_factory=dict[str, int])
 
 
 class _Reading:
@@ -138,7 +145,7 @@ class Channels:
                     self._deliver,
                     self._services.clock,
                 )
-                channel = Channel(loaded, poller, Capacity(loaded.config.caching.size), {})
+                channel = Channel(loaded, poller, Capacity(loaded.config.caching.size))
                 await self._set_quotas(channel, loaded)
                 self._channels[key] = channel
                 self._tasks.start_soon(poller.run)
@@ -173,16 +180,26 @@ class Channels:
         channel.loaded = loaded
 
     async def _set_quotas(self, channel: Channel, loaded: Loaded) -> None:
-        wanted = dict(loaded.config.resource_quotas)
+        quotas = dict(loaded.config.resource_quotas)
+        await self._set_limits(channel, {limit_name(loaded, ns): n for ns, n in quotas.items()})
+        channel.quotas = quotas
+
+    async def constrain(self, channel: Channel, limits: Mapping[str, int]) -> None:
+        """Have constraints in force before a job asks for their places. Of different values the latest counts."""
+        if limits.items() <= channel.limits.items():
+            return
+        async with self._locks[_key(channel.loaded)]:
+            await self._set_limits(channel, limits)
+
+    async def _set_limits(self, channel: Channel, limits: Mapping[str, int]) -> None:
         new: list[str] = []
-        for namespace, limit in wanted.items():
-            if channel.quotas.get(namespace) != limit:
-                name = limit_name(loaded, namespace)
+        for name, limit in limits.items():
+            if channel.limits.get(name) != limit:
                 await self._services.store.set_quota(name, limit)
                 await self._services.quotas.configure(name, limit)
-                if namespace not in channel.quotas:
+                if name not in channel.limits:
                     new.append(name)
-        channel.quotas = wanted
+                channel.limits[name] = limit
         if new and self._services.owns_limits:
             self._tasks.start_soon(self._repair, new)
 
@@ -192,7 +209,7 @@ class Channels:
         async def held(name: str) -> int:
             open_states = [state for state in JobState if state is not JobState.CLOSED]
             records = await self._services.store.select(states=open_states)
-            return sum(record.weight for record in records if record.quota == name)
+            return sum(record.weight for record in records if name in record.quotas)
 
         try:
             await self._services.quotas.repair(names, held)
@@ -204,9 +221,23 @@ def _key(loaded: Loaded) -> tuple[str, str]:
     return loaded.entry.id, loaded.connection.name
 
 
-def limit_name(loaded: Loaded, namespace: str) -> str:
-    """The Prefect limit of a namespace, which comes last since it may contain `:`."""
-    return f"webapi:{loaded.entry.id}:{loaded.connection.name}:{namespace}"
+def limit_name(
+    loaded: Loaded, namespace: str, *, project: str | None = None, pool: str | None = None
+) -> str:
+    """The Prefect limit of a namespace, or of a scope inside it; different ones have different names.
+
+    Prefect takes no ``/ % & < >`` in a name: they are written as ``~2F`` and so on, as is whatever could be taken
+    for one of our own separators. Namespaces may contain `:`.
+    """
+    name = f"webapi:{loaded.entry.id}:{loaded.connection.name}:{_escaped(namespace, '/%&<>~=')}"
+    for scope, value in (("project", project), ("pool", pool)):
+        if value is not None:
+            name += f":{scope}={_escaped(value, '/%&<>~=:')}"
+    return name
+
+
+def _escaped(text: str, special: str) -> str:
+    return re.sub(f"[{special}]", lambda found: f"~{ord(found[0]):02X}", text)
 
 
 def _reading_policy(loaded: Loaded) -> ReadingPolicy:

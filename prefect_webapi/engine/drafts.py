@@ -1,4 +1,4 @@
-"""From a call to the record it wants: identity, quota, first state. Nothing is written here."""
+"""From a call to the record it wants: identity, quotas, first state. Of all this only constraints are written."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from prefect_webapi.contract.keys import (
     idempotent_base,
     job_key,
 )
-from prefect_webapi.contract.task import JobSpec
+from prefect_webapi.contract.task import JobSpec, ResourceRequirements
 from prefect_webapi.engine.calls import Calls, guarantee
-from prefect_webapi.engine.channels import Channel, limit_name
+from prefect_webapi.engine.channels import Channel, Channels, limit_name
 from prefect_webapi.engine.contexts import TaskView, task_view
-from prefect_webapi.engine.request import JobRequest
+from prefect_webapi.engine.request import Caller, JobRequest
 from prefect_webapi.engine.services import Services
 from prefect_webapi.ledger.records import Details, Draft, JobState, Record
 from prefect_webapi.registry import Loaded
@@ -29,7 +29,7 @@ KEPT_SPEC_BYTES = 64 * 1024
 
 
 async def draft_for(
-    services: Services, calls: Calls, channel: Channel, request: JobRequest
+    services: Services, calls: Calls, channels: Channels, channel: Channel, request: JobRequest
 ) -> Draft:
     """What the ledger is asked for.
 
@@ -45,13 +45,17 @@ async def draft_for(
         if pinned is not None
         else base_of(caller.run_key, request.task_key, fingerprint)
     )
-    quota, weight, namespace = None, 1, None
+    quotas: tuple[str, ...] = ()
+    weight, namespace = 1, None
     if channel.quotas:
         probe = _view(services, loaded, request, job_key(base, 0, 1), fingerprint, caller.attempt)
-        namespace = (await calls.requirements(loaded, probe)).namespace
+        needs = await calls.requirements(loaded, probe)
+        namespace, weight = needs.namespace, needs.places
         if namespace not in channel.quotas:
             raise QuotaNotConfigured(namespace, channel.quotas)
-        quota = limit_name(loaded, namespace)
+        constraints = _constraints(loaded, needs, caller)
+        await channels.constrain(channel, constraints)
+        quotas = tuple(sorted([limit_name(loaded, namespace), *constraints]))
     now = services.clock.now()
     deadline = request.options.deadline or loaded.settings.deadline
     reuse = request.options.reuse_results
@@ -64,13 +68,13 @@ async def draft_for(
         is_retry=caller.attempt > 1,
         reuse_results=loaded.settings.reuse_results if reuse is None else reuse,
         pinned=pinned is not None,
-        state=_first_state(loaded, quota),
+        state=_first_state(loaded, quotas),
         runtime=services.runtime_id,
         plugin=loaded.entry.id,
         task_type=request.task_type,
         connection=loaded.connection.name,
         fingerprint=fingerprint,
-        quota=quota,
+        quotas=quotas,
         weight=weight,
         flow_run=caller.flow_run,
         root_run=caller.root_run,
@@ -108,9 +112,27 @@ def conflict(record: Record) -> ConfigurationError:
     )
 
 
-def _first_state(loaded: Loaded, quota: str | None) -> JobState:
+def _constraints(loaded: Loaded, needs: ResourceRequirements, caller: Caller) -> dict[str, int]:
+    """Limits inside the namespace: names and places.
+
+    A project is what the block names so, else the tag ``project:…`` of the task, else the deployment; what has none
+    of them counts together. A namespace scope is a project's part in one work pool, or what the block names so.
+    """
+    settings, wanted = loaded.settings, needs.constraints
+    project = settings.project or caller.labels.get("project") or caller.deployment
+    pool = settings.pool or caller.namespace
+    limits: dict[str, int] = {}
+    if wanted.project_scope is not None:
+        limits[limit_name(loaded, needs.namespace, project=project)] = wanted.project_scope
+    if wanted.namespace_scope is not None:
+        name = limit_name(loaded, needs.namespace, project=project, pool=pool)
+        limits[name] = wanted.namespace_scope
+    return limits
+
+
+def _first_state(loaded: Loaded, quotas: tuple[str, ...]) -> JobState:
     """Neighbouring states share one write where nothing leaves the process between them."""
-    if quota is not None:
+    if quotas:
         return JobState.SLOT_REQUESTED
     if guarantee(loaded) == "at-most-once":
         return JobState.INTENT  # create counts as sent only when its permit is there

@@ -120,8 +120,8 @@ async def _close(services: Services, record: Record) -> None:
     if taken is None:
         return
     lease = record.details.lease
-    if record.quota is not None and lease is not None:
+    if record.quotas and lease is not None:
         slot = SlotLease(id=lease.id, until=lease.until)
-        services.quotas.release(record.quota, slot, weight=record.weight)
+        services.quotas.release(record.quotas, slot, weight=record.weight)
     state = machine.next_state(taken.state, Event.SETTLED)
     await services.store.move(Move(old=taken, state=state, at=services.clock.now()))

@@ -209,7 +209,8 @@ async def persist(services: Services, job: Job, event: Event, **details: Any) ->
         LedgerUnavailable: patience ended; memory and record are as before.
     """
     if not await try_persist(services, job, event, **details):
-        raise LedgerConflict(f"quota {job.record.quota} has no room for a job that holds its place")
+        quotas = " or ".join(job.record.quotas)
+        raise LedgerConflict(f"quota {quotas} has no room for a job that holds its place")
 
 
 async def try_persist(services: Services, job: Job, event: Event, **details: Any) -> bool:

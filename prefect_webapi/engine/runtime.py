@@ -237,7 +237,7 @@ class Runtime:
         services = self._services
         loaded = await services.plugins.get(request.task_type, request.plugin, request.connection)
         channel = await self._channels.open(loaded)
-        draft = await draft_for(services, self._calls, channel, request)
+        draft = await draft_for(services, self._calls, self._channels, channel, request)
         fault_point("KP-01")
         while call.is_waiting:
             drawn = await services.store.intent(draft)
@@ -415,10 +415,10 @@ class Runtime:
     def _adopt_lease(self, job: Job) -> None:
         """Renew the lease of an earlier process from now on."""
         slot = job.slot
-        if job.record.quota is None or slot is None:
+        if not job.record.quotas or slot is None:
             return
         self._services.quotas.adopt(
-            job.record.quota,
+            job.record.quotas,
             slot,
             weight=job.record.weight,
             holder=job.record.task_run,
@@ -564,8 +564,8 @@ class Runtime:
         if job.holds_capacity:
             job.holds_capacity = False
             self._channels.of(job.loaded).capacity.give()
-        if job.record.quota is not None and job.record.state.is_over:
-            self._services.quotas.release(job.record.quota, job.slot, weight=job.record.weight)
+        if job.record.quotas and job.record.state.is_over:
+            self._services.quotas.release(job.record.quotas, job.slot, weight=job.record.weight)
             job.lease = None
 
     def _deliver(self, job: Job, info: PhaseInfo, value: Any = None) -> None:

@@ -109,12 +109,16 @@ async def submit(services: Services, calls: Calls, job: Job, *, unsent: bool) ->
 
 
 async def _take_place(services: Services, job: Job) -> None:
-    """Wait for the job's place in its quota, and write it down with the lease."""
-    quota = job.record.quota
-    assert quota is not None
+    """Wait for the job's place in its quotas, and write it down with the lease."""
     # Where a lost answer can't be cleared up, create must not count as sent while it waits for its permit.
     event = Event.SENDING if guarantee(job.loaded) != "at-most-once" else Event.PLACE_GRANTED
     since = services.clock.now()
+
+    async def turn(in_vain: bool) -> bool:
+        try:
+            return await services.store.is_next(job.record, services.clock.now(), waits=in_vain)
+        except LedgerUnavailable:
+            return False  # it waits anyway
 
     async def admit(slot: SlotLease) -> bool:
         fault_point("KP-04")
@@ -127,8 +131,9 @@ async def _take_place(services: Services, job: Job) -> None:
         return True
 
     def waiting(wait: Waiting) -> None:
+        limits = ", ".join(f"{name}: limit {places}" for name, places in wait.limits.items())
         told = (
-            f"quota {wait.name}: limit {wait.limit}, position {wait.position}, "
+            f"quota {limits}, position {wait.position}, "
             f"waits for {wait.waited.total_seconds():.0f} s"
         )
         job.note("WAITING_FOR_RESOURCES", since, told)
@@ -138,11 +143,12 @@ async def _take_place(services: Services, job: Job) -> None:
 
     fault_point("KP-02")
     await services.quotas.acquire(
-        quota,
+        job.record.quotas,
         weight=job.record.weight,
         holder=job.record.task_run,
         admit=admit,
         waiting=waiting,
+        turn=turn,
         changed=job.lend,
     )
     fault_point("KP-05")

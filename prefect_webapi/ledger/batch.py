@@ -26,7 +26,14 @@ from prefect_webapi.contract.keys import (
     lowest_free,
 )
 from prefect_webapi.ledger.records import Draft, Drawn, JobState, Move, MoveResult, Record
-from prefect_webapi.ledger.rows import RecordReader, has_failed, micros, plain_text, row_of
+from prefect_webapi.ledger.rows import (
+    RecordReader,
+    has_failed,
+    micros,
+    names_of,
+    plain_text,
+    row_of,
+)
 from prefect_webapi.ledger.statements import Statements, json_rows
 
 __all__ = ["Intent", "Operation", "Shift", "run"]
@@ -76,7 +83,7 @@ class Shift:
 
     @property
     def counts(self) -> bool:
-        return self.move.count != 0 and self.move.old.quota is not None
+        return self.move.count != 0 and bool(self.move.old.quotas)
 
     def may_change(self, row: Row[Any]) -> bool:
         return row.state == self.columns["was"] and row.fence == self.columns["had"]
@@ -195,7 +202,7 @@ def _new_record(draft: Draft, ordinal: int, attempt: int) -> Record:
         task_type=draft.task_type,
         connection=draft.connection,
         fingerprint=draft.fingerprint,
-        quota=draft.quota,
+        quotas=draft.quotas,
         weight=draft.weight,
         flow_run=draft.flow_run,
         root_run=draft.root_run,
@@ -319,7 +326,8 @@ def _admit(
     conn: Connection, sql: Statements, shifts: list[Shift], rows: Mapping[str, Row[Any]]
 ) -> list[Shift]:
     """Take and give back places in order of arrival; returns the moves that may go on."""
-    names = {rows[s.move.old.key].quota for s in shifts if s.counts} - {None}
+    wanted = {s: names_of(rows[s.move.old.key].quotas) for s in shifts if s.counts}
+    names = {name for quotas in wanted.values() for name in quotas}
     if not names:
         return shifts
     found = _fetch(conn, sql.lock_quotas, ({"name": name} for name in sorted(names)))
@@ -327,28 +335,35 @@ def _admit(
     live = {row.name: row.live for row in found}
     admitted: list[Shift] = []
     for shift in shifts:
-        row = rows[shift.move.old.key]
+        row, quotas = rows[shift.move.old.key], wanted.get(shift, ())
         shift.columns["counted"] = None
-        if shift.counts and row.quota is not None:
-            if shift.move.count > 0 and not row.counted:
-                if row.quota not in limits:
-                    shift.answer = LedgerError(
-                        f"limit {row.quota!r} has no row in the ledger: "
-                        "set it before a job takes a place"
-                    )
-                    continue
-                if live[row.quota] + row.weight > limits[row.quota]:
-                    shift.answer = MoveResult.FULL
-                    continue
-                live[row.quota] += row.weight
-                shift.columns["counted"] = 1
-            elif shift.move.count < 0 and row.counted:
-                if row.quota in live:
-                    live[row.quota] = max(0, live[row.quota] - row.weight)
-                shift.columns["counted"] = 0
+        if quotas and shift.move.count > 0 and not row.counted:
+            shift.answer = _without_room(quotas, row.weight, live, limits)
+            if shift.answer is not None:
+                continue
+            for name in quotas:
+                live[name] += row.weight
+            shift.columns["counted"] = 1
+        elif quotas and shift.move.count < 0 and row.counted:
+            for name in live.keys() & set(quotas):
+                live[name] = max(0, live[name] - row.weight)
+            shift.columns["counted"] = 0
         admitted.append(shift)
     changed = ({"name": r.name, "live": live[r.name]} for r in found if live[r.name] != r.live)
     values = list(changed)
     if values:
         _apply(conn, sql.update_quotas, values)
     return admitted
+
+
+def _without_room(
+    quotas: Sequence[str], weight: int, live: Mapping[str, int], limits: Mapping[str, int]
+) -> MoveResult | LedgerError | None:
+    """Why no place can be taken; None: each quota has one."""
+    unknown = next((name for name in quotas if name not in limits), None)
+    if unknown is not None:
+        return LedgerError(
+            f"limit {unknown!r} has no row in the ledger: set it before a job takes a place"
+        )
+    is_full = any(live[name] + weight > limits[name] for name in quotas)
+    return MoveResult.FULL if is_full else None

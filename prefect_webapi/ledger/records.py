@@ -133,8 +133,8 @@ class Record:
         fence: rises with each change of owner; who writes with an older one has lost the job.
         runtime: id of the process that drives it.
         fingerprint: what create sends, hashed.
-        quota: name of the limit whose places it takes; None: no quota. `weight`: how many.
-        counted: whether the admission row counts it now.
+        quotas: names of the limits whose places it takes, sorted; empty: no quota. `weight`: how many of each.
+        counted: whether the admission rows count it now: all of them, or none.
         handle: JSON text; None until create has answered.
         cancel_reason: set once somebody wants the job gone, by any process.
         flow_run / root_run / task_run: ids of the runs that own it; empty outside a flow.
@@ -151,7 +151,7 @@ class Record:
     task_type: str
     connection: str
     fingerprint: Fingerprint
-    quota: str | None = None
+    quotas: tuple[str, ...] = ()
     weight: int = 1
     counted: bool = False
     handle: str | None = None
@@ -193,7 +193,7 @@ class Draft:
     task_type: str
     connection: str
     fingerprint: Fingerprint
-    quota: str | None
+    quotas: tuple[str, ...]
     weight: int
     flow_run: str
     root_run: str
@@ -213,7 +213,7 @@ class Drawn:
 
 class MoveResult(Enum):
     OK = "ok"
-    FULL = "full"  # a quota has no room; nothing was changed
+    FULL = "full"  # one of the quotas has no room; nothing was changed
     LOST = "lost"  # state or fence is not what was expected; nothing was changed
 
 
@@ -225,8 +225,8 @@ class Move:
         old: the record as its writer knows it.
         state: the new state (may equal the old one).
         take_over: become the owner: the fence rises by one and `runtime` is set.
-        count: +1: take `weight` places of the quota's row, FULL if they are not free; -1: give them
-            back; 0: leave the row alone. Ignored for a record without quota.
+        count: +1: take `weight` places of each quota's row, FULL if one has not so many free; -1: give
+            them back; 0: leave the rows alone. Ignored for a record without quota.
     """
 
     old: Record

@@ -16,7 +16,8 @@ from prefect_webapi.contract.keys import Base, Fingerprint, JobKey
 from prefect_webapi.contract.phase import Phase
 from prefect_webapi.ledger.records import FORMAT, Details, JobState, Record
 
-__all__ = ["RecordReader", "from_micros", "has_failed", "micros", "plain_text", "row_of"]
+__all__ = ["RecordReader", "from_micros", "has_failed", "micros", "names_of", "names_text"]
+__all__ += ["plain_text", "row_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,15 @@ def plain_text(text: str) -> str:
     return text.replace("\0", "").encode("utf-8", "replace").decode("utf-8")
 
 
+def names_text(names: Iterable[str]) -> str:
+    """Names of limits as one column holds them: equal names, equal text."""
+    return json.dumps(list(names))
+
+
+def names_of(stored: str) -> tuple[str, ...]:
+    return tuple(json.loads(stored))
+
+
 def has_failed(details: Details) -> bool:
     """Whether a record with these details, once over, did not succeed."""
     return details.phase is None or details.phase.phase is not Phase.SUCCESS
@@ -57,7 +67,7 @@ def row_of(record: Record) -> dict[str, Any]:
         "task_type": record.task_type,
         "connection": record.connection,
         "fingerprint": record.fingerprint,
-        "quota": record.quota,
+        "quotas": names_text(record.quotas),
         "weight": record.weight,
         "counted": int(record.counted),
         "failed": int(has_failed(record.details)),
@@ -163,7 +173,7 @@ def _record(stored: Mapping[Any, Any], details: Details) -> Record:
         task_type=stored["task_type"],
         connection=stored["connection"],
         fingerprint=Fingerprint(stored["fingerprint"]),
-        quota=stored["quota"],
+        quotas=names_of(stored["quotas"]),
         weight=stored["weight"],
         counted=bool(stored["counted"]),
         handle=stored["handle"],

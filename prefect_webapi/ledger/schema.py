@@ -28,9 +28,9 @@ from sqlalchemy import (
 from prefect_webapi.contract.errors import LedgerFormatTooNew
 
 __all__ = ["REVISION", "VERSION_TABLE", "bring_up_to_date", "claim", "group", "job", "metadata"]
-__all__ += ["quota", "runtime"]
+__all__ += ["queue", "quota", "runtime"]
 
-REVISION = "0001"
+REVISION = "0002"
 """The newest revision in `migrations/versions`; a test compares both."""
 
 VERSION_TABLE = "webapi_schema_version"
@@ -74,7 +74,7 @@ job = Table(
     Column("task_type", Text, nullable=False),
     Column("connection", Text, nullable=False),
     Column("fingerprint", Text, nullable=False),
-    Column("quota", Text),
+    Column("quotas", Text, nullable=False),  # JSON: names of limits, sorted
     Column("weight", Integer, nullable=False),
     Column("counted", SmallInteger, nullable=False),
     Column(
@@ -108,6 +108,16 @@ Index(
     postgresql_where=text("cancel_reason IS NOT NULL"),
 )
 
+# The first of those that wait for the same limits in one process.
+Index(
+    "webapi_job_waiting",
+    job.c.runtime,
+    job.c.quotas,
+    job.c.created_at,
+    sqlite_where=text("state = 'SLOT_REQUESTED'"),
+    postgresql_where=text("state = 'SLOT_REQUESTED'"),
+)
+
 # live <= lim is no constraint: a limit may be lowered below what is taken.
 quota = Table(
     "webapi_quota",
@@ -116,6 +126,15 @@ quota = Table(
     Column("live", Integer, nullable=False),
     Column("lim", Integer, nullable=False),
     CheckConstraint("live >= 0", name="webapi_quota_live"),
+)
+
+# When a process last asked in vain for places of these limits.
+queue = Table(
+    "webapi_queue",
+    metadata,
+    Column("runtime", Text, primary_key=True),
+    Column("quotas", Text, primary_key=True),
+    Column("asked_at", BigInteger, nullable=False),
 )
 
 runtime = Table(

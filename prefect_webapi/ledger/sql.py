@@ -12,7 +12,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from prefect_webapi.clock import Clock
 from prefect_webapi.contract.keys import JobKey
-from prefect_webapi.ledger import schema
+from prefect_webapi.ledger import schema, turns
 from prefect_webapi.ledger.backend import Backend, Trouble
 from prefect_webapi.ledger.records import (
     Draft,
@@ -24,7 +24,14 @@ from prefect_webapi.ledger.records import (
     Record,
     RuntimeRow,
 )
-from prefect_webapi.ledger.rows import RecordReader, from_micros, micros, plain_text
+from prefect_webapi.ledger.rows import (
+    RecordReader,
+    from_micros,
+    micros,
+    names_of,
+    names_text,
+    plain_text,
+)
 from prefect_webapi.ledger.statements import json_rows
 from prefect_webapi.ledger.writer import Writer
 
@@ -159,6 +166,20 @@ class SqlStore:
         rows = await self._fetch(select(schema.quota).order_by(schema.quota.c.name))
         return [QuotaRow(row.name, row.live, row.lim) for row in rows]
 
+    async def is_next(self, record: Record, at: datetime, *, waits: bool) -> bool:
+        mine = {"runtime": record.runtime, "quotas": names_text(record.quotas)}
+        if waits:
+            await self._execute(turns.MARK, mine | {"asked_at": micros(at)})
+        since = micros(at - turns.MARK_LASTS)
+        before = {"since": since, "before": micros(record.created_at)}
+        earlier = [
+            turns.Waiter(frozenset(names_of(row.quotas)), row.weight)
+            for row in await self._fetch(turns.WAITING, mine | before)
+        ]
+        if not earlier:
+            return True
+        return turns.is_next(record.quotas, earlier, {row.name: row for row in await self.quotas()})
+
     # --- who is alive ------------------------------------------------------------------------
 
     async def beat(self, runtime: RuntimeRow) -> None:
@@ -173,6 +194,7 @@ class SqlStore:
         await self._execute(_BEAT, values)
 
     async def farewell(self, runtime: str) -> None:
+        await self._execute(delete(schema.queue).where(schema.queue.c.runtime == runtime))
         await self._execute(delete(schema.runtime).where(schema.runtime.c.id == runtime))
 
     async def runtimes(self) -> Sequence[RuntimeRow]:
@@ -194,6 +216,7 @@ class SqlStore:
     async def prune(self, before: datetime) -> int:
         at = micros(before)
         await self._execute(delete(schema.runtime).where(schema.runtime.c.last_beat < at))
+        await self._execute(delete(schema.queue).where(schema.queue.c.asked_at < at))
         places = [
             {"base": row.base, "ordinal": row.ordinal}
             for row in await self._fetch(self._writer.statements.old_places, {"before": at})

@@ -26,7 +26,7 @@ _JOB = {
     "task_type": "text",
     "connection": "text",
     "fingerprint": "text",
-    "quota": "text",
+    "quotas": "text",
     "weight": "int",
     "counted": "smallint",
     "failed": "smallint",
@@ -99,7 +99,7 @@ class Statements:
             f" FROM {values(**_JOB)} WHERE true"
         )
         self.lock_jobs = text(
-            "SELECT j.key, j.state, j.fence, j.runtime, j.quota, j.weight, j.counted, j.updated_at"
+            "SELECT j.key, j.state, j.fence, j.runtime, j.quotas, j.weight, j.counted, j.updated_at"
             f" FROM {values(key='text')} JOIN webapi_job j ON j.key = v.key"
             f" ORDER BY j.key{for_update('j')}"
         )

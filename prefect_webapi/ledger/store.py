@@ -85,6 +85,15 @@ class Store(Protocol):
 
     async def quotas(self) -> Sequence[QuotaRow]: ...
 
+    async def is_next(self, record: Record, at: datetime, *, waits: bool) -> bool:
+        """Whether a job may ask for its places now: no earlier one, of any process on this ledger, goes first.
+
+        Args:
+            record: the first of its process that waits for places of these limits.
+            waits: it has asked in vain, and those who come later shall know for a few seconds.
+        """
+        ...
+
     async def beat(self, runtime: RuntimeRow) -> None:
         """Say that a process is alive."""
         ...

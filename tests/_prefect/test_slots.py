@@ -72,7 +72,7 @@ def nobody_listens(wait: Waiting) -> None:
 
 async def take(quotas: Quotas, name: str, weight: int = 1) -> SlotLease:
     return await quotas.acquire(
-        name, weight=weight, holder="", admit=admit_all, waiting=nobody_listens
+        [name], weight=weight, holder="", admit=admit_all, waiting=nobody_listens
     )
 
 
@@ -174,7 +174,7 @@ async def test_without_a_quota_prefect_is_never_asked() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PREFECT_API_URL", nowhere)
         async with make_quotas(PrefectSlots(Clock())) as quotas:
-            quotas.release("webapi:jobs:prod:default", None, weight=1)
+            quotas.release(["webapi:jobs:prod:default"], None, weight=1)
             await asyncio.sleep(0.05)
 
 
@@ -215,7 +215,7 @@ async def test_waiters_of_one_process_are_served_in_order_and_the_count_ends_at_
         highest = max(highest, live)
         await asyncio.sleep(0.05)
         live -= 1
-        quotas.release(name, lease, weight=1)
+        quotas.release([name], lease, weight=1)
 
     async with make_quotas(slots, metrics) as quotas:
         await quotas.configure(name, 3)
@@ -268,7 +268,7 @@ async def test_slots_that_a_restarted_server_leaked_come_back(
             assert not await slots.renew(dead.id, LEASE)
             fresh = SlotLease(live.id, datetime.now(UTC) + timedelta(seconds=LEASE))
             async with make_quotas(slots) as quotas:
-                quotas.adopt(name, fresh, weight=2, holder="", changed=changed.append)
+                quotas.adopt([name], fresh, weight=2, holder="", changed=changed.append)
                 await eventually(lambda: changed, within=10)
                 assert await taken(name) == 3
 
@@ -279,5 +279,5 @@ async def test_slots_that_a_restarted_server_leaked_come_back(
                 done = await repair(slots, [name], held, clock=Hurried(), metrics=metrics)
                 assert done == {name: 1}
                 assert await taken(name) == 2
-                quotas.release(name, fresh, weight=2)
+                quotas.release([name], fresh, weight=2)
             assert await taken(name) == 0

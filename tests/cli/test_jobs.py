@@ -105,7 +105,7 @@ async def _waiting(store: Store) -> JobKey:
             flow_run="",
             at=NOON + timedelta(seconds=4),
             state=JobState.SLOT_REQUESTED,
-            quota="webapi:plugin:connection:default",
+            quotas=("webapi:plugin:connection:default",),
         )
     )
     return drawn.record.key

@@ -46,7 +46,7 @@ async def test_a_record_comes_back_exactly_as_it_was_made(store: SqlStore) -> No
         steps=(Step(name="RUNNING", at=at, reason="\0 is text too"),),
     )
     draft = draft_for(
-        quota="limit", weight=3, deadline=at + timedelta(microseconds=1), at=at, details=details
+        quotas=("limit",), weight=3, deadline=at + timedelta(microseconds=1), at=at, details=details
     )
     drawn = await store.intent(draft)
     assert drawn.made

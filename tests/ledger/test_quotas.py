@@ -17,7 +17,7 @@ from tests.support.ledger import another_store, draft_for, moved
 
 async def jobs(store: SqlStore, number: int, *, weight: int = 1) -> list[Record]:
     drafts = [
-        draft_for(f"call {n}", state=JobState.SLOT_REQUESTED, quota="limit", weight=weight)
+        draft_for(f"call {n}", state=JobState.SLOT_REQUESTED, quotas=("limit",), weight=weight)
         for n in range(number)
     ]
     return [d.record for d in await asyncio.gather(*map(store.intent, drafts))]

@@ -41,7 +41,7 @@ async def count(store: SqlStore, name: str, jobs: str) -> None:
     """Take a place of limit `quota`, hold it a little, give it back."""
 
     async def one(n: int) -> None:
-        draft = draft_for(f"{name} {n}", state=JobState.SLOT_REQUESTED, quota="quota", weight=1)
+        draft = draft_for(f"{name} {n}", state=JobState.SLOT_REQUESTED, quotas=("quota",), weight=1)
         record = (await store.intent(draft)).record
         take = Move(old=record, state=JobState.SLOT_HELD, at=datetime.now(UTC), count=1)
         while await store.move(take) is MoveResult.FULL:  # noqa: ASYNC110  the other process has it
