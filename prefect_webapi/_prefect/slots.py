@@ -41,6 +41,9 @@ NOT_SENT = {"ConnectError", "ConnectTimeout", "PoolTimeout"}
 TRIES = 3
 BUSY_SECONDS = 1.0
 
+LOOK_SECONDS = 60.0
+"""How old our knowledge may be that a limit is switched on."""
+
 
 class _Limit(BaseModel):
     name: str
@@ -61,6 +64,7 @@ class PrefectSlots:
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._limits: dict[str, int] = {}
+        self._looked_at: dict[str, float] = {}
         self._client: PrefectClient | None = None
         self._opening = asyncio.Lock()
         self._making = asyncio.Lock()
@@ -97,17 +101,19 @@ class PrefectSlots:
                 if refused.status == 423 or (refused.status == 422 and refused.is_too_many):
                     return Busy(refused.retry_after)
                 raise
-            missing = set(names) - {limit.name for limit in grant.limits}
-            if not missing:
+            uncounted = set(names) - {limit.name for limit in grant.limits}
+            uncounted = uncounted or await self._switched_off(names)
+            if not uncounted:
                 return SlotLease(str(grant.lease_id), until)
-            # Prefect skips limits that don't exist: this grant is on the others only, or on nothing.
+            # Prefect skips limits that don't exist or are off: this grant is on the others only, or on nothing.
             await self.release(str(grant.lease_id))
-            for name in missing & self._limits.keys():
-                if await self._make(name):
+            for name in uncounted & self._limits.keys():
+                if (done := await self._make(name)) is not None:
                     logger.warning(
-                        "Prefect's concurrency limit %s had been deleted; it was made again with %d slots. To "
-                        "change a quota, edit resource_quotas of the block.",
+                        "Prefect's concurrency limit %s had been %s with %d slots. To change a quota, edit "
+                        "resource_quotas of the block.",
                         name,
+                        done,
                         self._limits[name],
                     )
         return Busy(BUSY_SECONDS)
@@ -139,10 +145,27 @@ class PrefectSlots:
                 return 0
         return int(limit.active_slots)
 
-    async def _make(self, name: str) -> bool:
-        """Bring a limit to its configured value. True: it did not exist."""
+    async def _switched_off(self, names: Sequence[str]) -> set[str]:
+        """Which of these limits count nothing now; a grant does not tell. Looked at once a minute."""
+        off: set[str] = set()
+        now = self._clock.monotonic()
+        for name in names:
+            if now - self._looked_at.get(name, now) < self._clock.speed * LOOK_SECONDS:
+                continue
+            try:
+                async with self._api("read a concurrency limit") as client:
+                    if not (await client.read_global_concurrency_limit_by_name(name)).active:
+                        off.add(name)
+            except SlotsUnavailable:
+                continue  # the grant stands; the next one looks again
+            self._looked_at[name] = now
+        return off
+
+    async def _make(self, name: str) -> str | None:
+        """Bring a limit to its configured value. What was done if it counted nothing before."""
         async with self._making, self._api("set a concurrency limit") as client:
             limit = self._limits[name]
+            self._looked_at[name] = self._clock.monotonic()
             while True:  # others may create or delete it in between
                 try:
                     found = await client.read_global_concurrency_limit_by_name(name)
@@ -157,8 +180,8 @@ class PrefectSlots:
                         )
                     except ObjectAlreadyExists:
                         continue
-                    return True
-                return False
+                    return "deleted; it was made again"
+                return None if found.active else "off; it was switched on"
 
     @asynccontextmanager
     async def _api(self, what: str) -> AsyncGenerator[PrefectClient]:

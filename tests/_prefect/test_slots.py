@@ -11,6 +11,7 @@ from datetime import UTC, datetime, timedelta
 import anyio
 import pytest
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import GlobalConcurrencyLimitUpdate
 from prometheus_client import CollectorRegistry
 
 from prefect_webapi._prefect.slots import PrefectSlots
@@ -60,6 +61,15 @@ class Hurried(Clock):
 
     async def sleep(self, seconds: float) -> None:
         return None
+
+
+class Later(Clock):
+    """A clock that a test sets forward."""
+
+    later = 0.0
+
+    def monotonic(self) -> float:
+        return super().monotonic() + self.later
 
 
 async def admit_all(lease: SlotLease) -> bool:
@@ -137,20 +147,69 @@ async def test_a_limit_that_nobody_configured_gives_no_slot(slots: PrefectSlots,
     assert await slots.active(name) == 0
 
 
-async def test_a_limit_switched_off_in_the_ui_is_switched_on_by_the_next_start(
-    slots: PrefectSlots, name: str
-) -> None:
-    """CASE-146."""
-    from prefect.client.schemas.actions import GlobalConcurrencyLimitUpdate
-
-    await slots.ensure(name, 1)
+async def switch_off(name: str) -> None:
     async with get_client() as client:
         await client.update_global_concurrency_limit(
             name, GlobalConcurrencyLimitUpdate(active=False)
         )
+
+
+async def test_a_limit_switched_off_in_the_ui_is_switched_on_by_the_next_start(
+    slots: PrefectSlots, name: str
+) -> None:
+    """CASE-146."""
+    await slots.ensure(name, 1)
+    await switch_off(name)
     await slots.ensure(name, 1)
     await lease_of(slots, name)
     assert await taken(name) == 1
+
+
+async def test_a_limit_switched_off_meanwhile_is_on_again_within_a_minute_and_nothing_stays_leaked(
+    prefect_api: PrefectServer, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """CASE-146: off, it lends without counting, and forgets to count down; both are found and mended."""
+    clock = Later()
+    async with PrefectSlots(clock) as slots:
+        await slots.ensure(name, 2)
+        held, freed = await lease_of(slots, name), await lease_of(slots, name)
+        await switch_off(name)
+        await slots.release(freed.id)
+        uncounted = await lease_of(slots, name)  # a grant does not tell; the ledger's count holds
+        clock.later = 61.0
+        with caplog.at_level(logging.WARNING, "prefect_webapi._prefect.slots"):
+            assert isinstance(await slots.acquire([name], 1, "", LEASE), Busy)
+        assert f"limit {name} had been off; it was switched on with 2 slots" in caplog.text
+        assert await taken(name) == 2
+
+        async def still_held(name: str) -> int:
+            return 1
+
+        metrics = Metrics(CollectorRegistry())
+        assert await repair(slots, [name], still_held, clock=Hurried(), metrics=metrics) == {
+            name: 1
+        }
+        assert await taken(name) == 1
+        await slots.release(held.id)
+        await slots.release(uncounted.id)
+        assert await taken(name) == 0
+
+
+async def test_slots_of_several_limits_are_lent_together_or_not_at_all(
+    slots: PrefectSlots, name: str
+) -> None:
+    """CASE-134, CASE-135: three of each; a lease is renewed and ended for all its limits."""
+    other = f"{name}:project=ab"
+    await slots.ensure(name, 10)
+    await slots.ensure(other, 4)
+    three = await slots.acquire([name, other], 3, "", LEASE)
+    assert isinstance(three, SlotLease)
+    assert (await taken(name), await taken(other)) == (3, 3)
+    assert isinstance(await slots.acquire([name, other], 3, "", LEASE), Busy)
+    assert (await taken(name), await taken(other)) == (3, 3)
+    assert await slots.renew(three.id, LEASE)
+    await slots.release(three.id)
+    assert (await taken(name), await taken(other)) == (0, 0)
 
 
 async def test_many_processes_may_set_the_same_limit_at_once(
