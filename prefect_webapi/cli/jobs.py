@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from prefect_webapi.ledger.records import Record
-    from prefect_webapi.ledger.store import Store
+    from prefect_webapi.ledger.store import Reader
 
 __all__ = ["app"]
 
@@ -86,7 +86,7 @@ async def show(
 
 
 async def _select(
-    store: Store, states: Sequence[JobState] | None, flow_run: UUID | None, limit: int
+    store: Reader, states: Sequence[JobState] | None, flow_run: UUID | None, limit: int
 ) -> Sequence[Record]:
     if flow_run is None:
         return await store.select(states=states, newest_first=True, limit=limit)
@@ -97,7 +97,7 @@ async def _select(
     return sorted(both.values(), key=lambda r: (r.created_at, r.key), reverse=True)[:limit]
 
 
-async def _relatives(store: Store, record: Record) -> Sequence[Record]:
+async def _relatives(store: Reader, record: Record) -> Sequence[Record]:
     if not record.root_run:
         return [record]
     return await store.select(root_run=record.root_run)

@@ -17,13 +17,14 @@ from rich.console import Console
 from rich.live import Live
 
 from prefect_webapi.cli import board, screen
-from prefect_webapi.cli.ledger import NoLedger, reading
+from prefect_webapi.cli.ledger import reading
 from prefect_webapi.cli.processes import Processes
 from prefect_webapi.cli.screen import pairs
 from prefect_webapi.cli.stage import QUOTA, Stage
 from prefect_webapi.cli.verdict import DESIGN, Call, Seen, differences, gather_calls
+from prefect_webapi.contract.errors import NoLedger
 from prefect_webapi.ledger.records import Record
-from prefect_webapi.ledger.store import Store
+from prefect_webapi.ledger.store import Reader
 
 __all__ = ["perform"]
 
@@ -84,7 +85,7 @@ class Performance:
         self._processes = processes
         self._folder = folder
         self._began = time.monotonic()
-        self._store: Store | None = None
+        self._store: Reader | None = None
         self._open = AsyncExitStack()
 
     async def __aenter__(self) -> Self:

@@ -54,6 +54,7 @@ __all__ = [
     "LedgerError",
     "LedgerFormatTooNew",
     "LedgerUnavailable",
+    "NoLedger",
     "NotFound",
     "OutcomeUnknown",
     "PluginDisabled",
@@ -297,6 +298,21 @@ class LedgerFormatTooNew(LedgerError):
 
 class LedgerUnavailable(LedgerError):
     """The ledger can't be reached, so no job may be started that could not be remembered."""
+
+
+class NoLedger(LedgerError):
+    """There is no ledger at the address: no job was ever started with these settings.
+
+    Args:
+        address: where one was looked for, without credentials.
+    """
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        super().__init__(
+            f"there is no ledger at {address}, and none was made: it comes with the first job. If jobs were run, "
+            "they used another one: see `prefect-webapi config show`, setting LEDGER_URL."
+        )
 
 
 class EngineClosed(WebApiError):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 from enum import Enum, auto
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from sqlalchemy import URL, Connection, event, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError
@@ -56,27 +58,52 @@ class Backend:
         port = f":{self._url.port}" if self._url.port else ""
         return f"postgresql://{host}{port}/{self._url.database or ''}"
 
-    def make_engine(self) -> AsyncEngine:
+    @property
+    def is_missing(self) -> bool:
+        """Whether there surely is no data base."""
+        return self.path is not None and not self.path.exists()
+
+    def make_engine(self, *, read_only: bool = False) -> AsyncEngine:
+        """An engine of its own for one loop.
+
+        Args:
+            read_only: it makes no data base, can't change one, and needs no right to write.
+        """
         if self.dialect == "sqlite":
             engine = create_async_engine(
-                self._url,
+                self._read_only_url() if read_only else self._url,
                 connect_args={"isolation_level": None, "timeout": BUSY_SECONDS},
                 hide_parameters=True,
             )
-            event.listen(engine.sync_engine, "connect", _prepare_sqlite)
+            event.listen(
+                engine.sync_engine, "connect", _forbid_writes if read_only else _prepare_sqlite
+            )
             event.listen(engine.sync_engine, "begin", _begin_sqlite)
             return engine
+        server_settings = {"application_name": "prefect-webapi", "jit": "off"}
+        if read_only:
+            server_settings["default_transaction_read_only"] = "on"
         return create_async_engine(
             self._url,
             connect_args={
                 "timeout": CONNECT_SECONDS,
                 "command_timeout": COMMAND_SECONDS,
-                "server_settings": {"application_name": "prefect-webapi", "jit": "off"},
+                "server_settings": server_settings,
             },
             isolation_level="READ COMMITTED",
             hide_parameters=True,
             pool_pre_ping=True,
         )
+
+    def _read_only_url(self) -> URL:
+        if self.path is None:
+            return self._url
+        query = {"uri": "true", "mode": "ro"}
+        wal = self.path.with_name(self.path.name + "-wal")
+        if not os.access(self.path.parent, os.W_OK) and not wal.exists():
+            # Nobody is writing, and SQLite could not make the files through which it would hear of a writer.
+            query["immutable"] = "1"
+        return self._url.set(database=f"file:{quote(str(self.path))}", query=query)
 
     @property
     def read_options(self) -> dict[str, Any]:
@@ -130,7 +157,7 @@ class Backend:
         if self.dialect != "sqlite":
             return (
                 "Check that the server runs and can be reached from here, that the data base exists, "
-                "and that the user in PREFECT_INTEGRATIONS_WEBAPI_LEDGER_URL may write to it."
+                "and that the user in PREFECT_INTEGRATIONS_WEBAPI_LEDGER_URL may use it."
             )
         for pattern, remedy in _SQLITE_REMEDIES:
             if pattern in words:
@@ -262,6 +289,14 @@ def _prepare_sqlite(connection: Any, _record: Any) -> None:
         if cursor.fetchone()[0] != "wal":  # setting it needs the file for oneself
             cursor.execute("PRAGMA journal_mode = WAL")
         cursor.execute("PRAGMA synchronous = FULL")
+    finally:
+        cursor.close()
+
+
+def _forbid_writes(connection: Any, _record: Any) -> None:
+    cursor = connection.cursor()
+    try:
+        cursor.execute("PRAGMA query_only = ON")
     finally:
         cursor.close()
 

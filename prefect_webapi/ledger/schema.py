@@ -7,6 +7,7 @@ and compare the same exact values.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sqlalchemy import (
     BigInteger,
@@ -25,16 +26,28 @@ from sqlalchemy import (
     text,
 )
 
-from prefect_webapi.contract.errors import LedgerFormatTooNew
+from prefect_webapi.contract.errors import LedgerError, LedgerFormatTooNew, NoLedger
 
-__all__ = ["REVISION", "VERSION_TABLE", "bring_up_to_date", "claim", "group", "job", "metadata"]
-__all__ += ["queue", "quota", "runtime"]
+if TYPE_CHECKING:
+    from alembic.config import Config
+
+__all__ = [
+    "MIGRATIONS",
+    "REVISION",
+    "VERSION_TABLE",
+    "bring_up_to_date",
+    "claim",
+    "group",
+    "job",
+    "metadata",
+]
+__all__ += ["look_at", "migrations", "queue", "quota", "runtime"]
 
 REVISION = "0002"
 """The newest revision in `migrations/versions`; a test compares both."""
 
 VERSION_TABLE = "webapi_schema_version"
-_MIGRATIONS = Path(__file__).with_name("migrations")
+MIGRATIONS = Path(__file__).with_name("migrations")
 _UPGRADE_LOCK = 0x7765626170690001  # "webapi": one upgrade at a time in one Postgres data base
 
 metadata = MetaData()
@@ -166,22 +179,59 @@ def bring_up_to_date(conn: Connection, address: str) -> None:
         conn.execute(text(f"UPDATE {VERSION_TABLE} SET version_num = version_num"))
         return
 
-    from alembic import command  # slow to import, and needed only here
+    from alembic import command  # slow to import, and seldom needed
+
+    if found is not None:
+        _refuse_newer(found, address)
+    command.upgrade(migrations(conn), REVISION)
+
+
+def migrations(conn: Connection) -> Config:
+    """What Alembic's commands take, to work inside the transaction of `conn`."""
     from alembic.config import Config
-    from alembic.script import ScriptDirectory
 
     config = Config()
-    config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
+    config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
     config.set_main_option("path_separator", "os")
     config.attributes["connection"] = conn
-    known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
-    if found is not None and found not in known:
+    return config
+
+
+def look_at(conn: Connection, address: str) -> None:
+    """Find out whether this version can read the ledger as it is; nothing is changed.
+
+    Raises:
+        NoLedger: none is there.
+        LedgerFormatTooNew: a migration was applied that this version does not know.
+        LedgerError: it is so old that it must be brought up to date first.
+    """
+    found = _revision(conn)
+    if found is None:
+        raise NoLedger(address)
+    if found == REVISION:
+        return
+    _refuse_newer(found, address)
+    there = inspect(conn)
+    for table in metadata.tables.values():
+        columns = there.get_columns(table.name) if there.has_table(table.name) else []
+        if not {column.name for column in table.columns} <= {column["name"] for column in columns}:
+            raise LedgerError(
+                f"the ledger at {address} has schema {found}; this version of prefect-webapi reads {REVISION}. The "
+                "first job that runs with this version brings it up to date; until then look at it with the version "
+                "that wrote it."
+            )
+
+
+def _refuse_newer(found: str, address: str) -> None:
+    from alembic.script import ScriptDirectory  # slow to import, and seldom needed
+
+    known = {script.revision for script in ScriptDirectory(str(MIGRATIONS)).walk_revisions()}
+    if found not in known:
         raise LedgerFormatTooNew(
             f"the ledger at {address} has schema {found}, this version of prefect-webapi knows "
             f"only up to {REVISION}: a newer version has written it. Upgrade prefect-webapi here, or "
             "name another ledger."
         )
-    command.upgrade(config, REVISION)
 
 
 def _revision(conn: Connection) -> str | None:

@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from datetime import datetime
-from typing import Any, TypeVar
+from typing import Any
 
 import anyio
-from sqlalchemy import Connection, Executable, Row, delete, select, text
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy import Connection, Executable, delete, select, text
 
 from prefect_webapi.clock import Clock
 from prefect_webapi.contract.keys import JobKey
 from prefect_webapi.ledger import schema, turns
-from prefect_webapi.ledger.backend import Backend, Trouble
+from prefect_webapi.ledger.reader import SqlReader
 from prefect_webapi.ledger.records import (
     Draft,
     Drawn,
     JobState,
     Move,
     MoveResult,
-    QuotaRow,
     Record,
     RuntimeRow,
 )
 from prefect_webapi.ledger.rows import (
-    RecordReader,
-    from_micros,
     micros,
     names_of,
     names_text,
@@ -37,11 +33,8 @@ from prefect_webapi.ledger.writer import Writer
 
 __all__ = ["SqlStore"]
 
-T = TypeVar("T")
-
 _OVER = tuple(state for state in JobState if state.is_over)
 _PRUNED_AT_ONCE = 500
-_PAUSES = (0.05, 0.2, 0.5)
 
 _SET_QUOTA = text(
     "INSERT INTO webapi_quota (name, live, lim) VALUES (:name, 0, :lim)"
@@ -54,7 +47,7 @@ _BEAT = text(
 )
 
 
-class SqlStore:
+class SqlStore(SqlReader):
     """A `Store` in a data base; open before use, close at the end, from one event loop.
 
     Args:
@@ -64,30 +57,15 @@ class SqlStore:
         ConfigurationError: the URL names no ledger that could survive a process.
     """
 
+    _read_only = False
+
     def __init__(self, url: str, *, clock: Clock) -> None:
-        self._backend = Backend(url)
-        self._clock = clock
-        self._engine = self._backend.make_engine()
-        self._reader = RecordReader(self._backend.address)
+        super().__init__(url, clock=clock)
         self._writer = Writer(self._backend, self._engine, self._reader, clock)
-        self._reads = self._engine.execution_options(**self._backend.read_options)
-
-    @property
-    def address(self) -> str:
-        return self._backend.address
-
-    @property
-    def is_shared(self) -> bool:
-        return self._backend.dialect == "postgresql"
 
     async def open(self) -> None:
         await anyio.to_thread.run_sync(self._backend.make_directory)
-        try:
-            await self._again(self._bring_up_to_date)
-        except BaseException:
-            with anyio.CancelScope(shield=True):
-                await self._engine.dispose()
-            raise
+        await self._open(self._bring_up_to_date)
         self._writer.start()
 
     async def _bring_up_to_date(self) -> None:
@@ -97,7 +75,7 @@ class SqlStore:
     async def aclose(self) -> None:
         with anyio.CancelScope(shield=True):
             await self._writer.aclose()
-            await self._engine.dispose()
+        await super().aclose()
 
     # --- jobs --------------------------------------------------------------------------------
 
@@ -106,38 +84,6 @@ class SqlStore:
 
     async def move(self, move: Move) -> MoveResult:
         return await self._writer.move(move)
-
-    async def get(self, key: JobKey) -> Record | None:
-        rows = await self._fetch(select(schema.job).where(schema.job.c.key == key))
-        return self._reader.read(rows[0]) if rows else None
-
-    async def select(
-        self,
-        *,
-        states: Collection[JobState] | None = None,
-        root_run: str | None = None,
-        flow_run: str | None = None,
-        runtime: str | None = None,
-        newest_first: bool = False,
-        limit: int | None = None,
-    ) -> Sequence[Record]:
-        job = schema.job.c
-        query = select(schema.job)
-        if states is not None:
-            query = query.where(job.state.in_(sorted(states)))
-            if JobState.CLOSED not in states:
-                query = query.where(text("state <> 'CLOSED'"))  # says that the small index will do
-        if root_run is not None:
-            query = query.where(job.root_run == root_run)
-        if flow_run is not None:
-            query = query.where(job.flow_run == flow_run)
-        if runtime is not None:
-            query = query.where(job.runtime == runtime)
-        if newest_first:
-            query = query.order_by(job.created_at.desc(), job.key.desc())
-        else:
-            query = query.order_by(job.created_at, job.key)
-        return self._reader.read_all(await self._fetch(query.limit(limit)))
 
     # --- cancelling from outside -------------------------------------------------------------
 
@@ -161,10 +107,6 @@ class SqlStore:
 
     async def set_quota(self, name: str, limit: int) -> None:
         await self._execute(_SET_QUOTA, {"name": name, "lim": limit})
-
-    async def quotas(self) -> Sequence[QuotaRow]:
-        rows = await self._fetch(select(schema.quota).order_by(schema.quota.c.name))
-        return [QuotaRow(row.name, row.live, row.lim) for row in rows]
 
     async def is_next(self, record: Record, at: datetime, *, waits: bool) -> bool:
         mine = {"runtime": record.runtime, "quotas": names_text(record.quotas)}
@@ -197,20 +139,6 @@ class SqlStore:
         await self._execute(delete(schema.queue).where(schema.queue.c.runtime == runtime))
         await self._execute(delete(schema.runtime).where(schema.runtime.c.id == runtime))
 
-    async def runtimes(self) -> Sequence[RuntimeRow]:
-        rows = await self._fetch(select(schema.runtime).order_by(schema.runtime.c.started))
-        return [
-            RuntimeRow(
-                id=row.id,
-                host=row.host,
-                pid=row.pid,
-                born=row.born,
-                started=from_micros(row.started),
-                last_beat=from_micros(row.last_beat),
-            )
-            for row in rows
-        ]
-
     # --- keeping it small --------------------------------------------------------------------
 
     async def prune(self, before: datetime) -> int:
@@ -235,30 +163,10 @@ class SqlStore:
         conn.execute(sql.delete_groups, places)
         return deleted
 
-    # --- the two ways to the data base -------------------------------------------------------
+    # --- the way to the data base -------------------------------------------------------------
 
     async def _execute(self, statement: Executable, values: dict[str, Any] | None = None) -> None:
         def work(conn: Connection) -> None:
             conn.execute(statement, values)
 
         await self._writer.call(work)
-
-    async def _fetch(
-        self, query: Executable, values: dict[str, Any] | None = None
-    ) -> Sequence[Row[Any]]:
-        async def read() -> Sequence[Row[Any]]:
-            async with self._reads.connect() as conn:
-                return (await conn.execute(query, values)).all()
-
-        return await self._again(read)
-
-    async def _again(self, work: Callable[[], Awaitable[T]]) -> T:
-        """Do what is repeatable, a few times while the trouble may pass."""
-        for pause in (*_PAUSES, None):
-            try:
-                return await work()
-            except (SQLAlchemyError, OSError) as exc:
-                if pause is None or self._backend.judge(exc) is not Trouble.PASSING:
-                    raise self._backend.unavailable(exc) from exc
-            await self._clock.sleep(pause)
-        raise AssertionError("unreachable")

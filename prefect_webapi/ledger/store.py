@@ -18,14 +18,13 @@ from prefect_webapi.ledger.records import (
     RuntimeRow,
 )
 
-__all__ = ["Store"]
+__all__ = ["Reader", "Store"]
 
 
-class Store(Protocol):
-    """Durable before a write returns; every change of a job is compare-and-set on (state, fence).
+class Reader(Protocol):
+    """What the ledger tells. Used from one event loop.
 
-    Used from one event loop. All methods raise `LedgerUnavailable` when the data base can't be reached or
-    can't write, and `LedgerFormatTooNew` on `open` when a newer version of the package wrote it.
+    All methods raise `LedgerUnavailable` when the data base can't be reached.
     """
 
     @property
@@ -37,6 +36,43 @@ class Store(Protocol):
     def is_shared(self) -> bool:
         """Whether processes on other machines can use it too."""
         ...
+
+    async def open(self) -> None:
+        """Connect.
+
+        Raises:
+            NoLedger: none is there, and this one only reads.
+            LedgerFormatTooNew: a newer version of the package wrote it.
+        """
+        ...
+
+    async def aclose(self) -> None: ...
+
+    async def get(self, key: JobKey) -> Record | None: ...
+
+    async def select(
+        self,
+        *,
+        states: Collection[JobState] | None = None,
+        root_run: str | None = None,
+        flow_run: str | None = None,
+        runtime: str | None = None,
+        newest_first: bool = False,
+        limit: int | None = None,
+    ) -> Sequence[Record]:
+        """Records that match all that is given, oldest first. A corrupt row is logged and left out."""
+        ...
+
+    async def quotas(self) -> Sequence[QuotaRow]: ...
+
+    async def runtimes(self) -> Sequence[RuntimeRow]: ...
+
+
+class Store(Reader, Protocol):
+    """Durable before a write returns; every change of a job is compare-and-set on (state, fence).
+
+    What writes raises `LedgerUnavailable` when the data base can't be reached or can't write.
+    """
 
     async def open(self) -> None:
         """Connect and bring the schema up to date."""
@@ -56,21 +92,6 @@ class Store(Protocol):
 
     async def move(self, move: Move) -> MoveResult: ...
 
-    async def get(self, key: JobKey) -> Record | None: ...
-
-    async def select(
-        self,
-        *,
-        states: Collection[JobState] | None = None,
-        root_run: str | None = None,
-        flow_run: str | None = None,
-        runtime: str | None = None,
-        newest_first: bool = False,
-        limit: int | None = None,
-    ) -> Sequence[Record]:
-        """Records that match all that is given, oldest first. A corrupt row is logged and left out."""
-        ...
-
     async def ask_cancel(self, keys: Collection[JobKey], reason: str) -> None:
         """Note for the owners of these jobs that they shall end. A first reason stays."""
         ...
@@ -82,8 +103,6 @@ class Store(Protocol):
     async def set_quota(self, name: str, limit: int) -> None:
         """Make or change the row of a limit; its count stays."""
         ...
-
-    async def quotas(self) -> Sequence[QuotaRow]: ...
 
     async def is_next(self, record: Record, at: datetime, *, waits: bool) -> bool:
         """Whether a job may ask for its places now: no earlier one, of any process on this ledger, goes first.
@@ -101,8 +120,6 @@ class Store(Protocol):
     async def farewell(self, runtime: str) -> None:
         """Say that a process has ended in order."""
         ...
-
-    async def runtimes(self) -> Sequence[RuntimeRow]: ...
 
     async def prune(self, before: datetime) -> int:
         """Delete closed records (and claims without records) last changed before; returns how many.

@@ -1,0 +1,144 @@
+"""A ledger that others write, read as it is: nothing is made, brought up to date or locked."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from typing import Any, ClassVar, TypeVar
+
+import anyio
+from sqlalchemy import Executable, Row, select, text
+from sqlalchemy.exc import SQLAlchemyError
+
+from prefect_webapi.clock import Clock
+from prefect_webapi.contract.errors import NoLedger
+from prefect_webapi.contract.keys import JobKey
+from prefect_webapi.ledger import schema
+from prefect_webapi.ledger.backend import Backend, Trouble
+from prefect_webapi.ledger.records import JobState, QuotaRow, Record, RuntimeRow
+from prefect_webapi.ledger.rows import RecordReader, from_micros
+
+__all__ = ["SqlReader"]
+
+T = TypeVar("T")
+
+_PAUSES = (0.05, 0.2, 0.5)
+
+
+class SqlReader:
+    """A `Reader` of a data base, for whoever may do no more; open before use, close at the end, from one event loop.
+
+    Args:
+        url: `sqlite:///path` or `postgresql://user:password@host/database`.
+
+    Raises:
+        ConfigurationError: the URL names no ledger that could survive a process.
+    """
+
+    _read_only: ClassVar[bool] = True
+
+    def __init__(self, url: str, *, clock: Clock) -> None:
+        self._backend = Backend(url)
+        self._clock = clock
+        self._engine = self._backend.make_engine(read_only=self._read_only)
+        self._reader = RecordReader(self._backend.address)
+        self._reads = self._engine.execution_options(**self._backend.read_options)
+
+    @property
+    def address(self) -> str:
+        return self._backend.address
+
+    @property
+    def is_shared(self) -> bool:
+        return self._backend.dialect == "postgresql"
+
+    async def open(self) -> None:
+        if self._backend.is_missing:
+            raise NoLedger(self.address)
+
+        async def look() -> None:
+            async with self._reads.connect() as conn:
+                await conn.run_sync(schema.look_at, self.address)
+
+        await self._open(look)
+
+    async def _open(self, work: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await self._again(work)
+        except BaseException:
+            with anyio.CancelScope(shield=True):
+                await self._engine.dispose()
+            raise
+
+    async def aclose(self) -> None:
+        with anyio.CancelScope(shield=True):
+            await self._engine.dispose()
+
+    async def get(self, key: JobKey) -> Record | None:
+        rows = await self._fetch(select(schema.job).where(schema.job.c.key == key))
+        return self._reader.read(rows[0]) if rows else None
+
+    async def select(
+        self,
+        *,
+        states: Collection[JobState] | None = None,
+        root_run: str | None = None,
+        flow_run: str | None = None,
+        runtime: str | None = None,
+        newest_first: bool = False,
+        limit: int | None = None,
+    ) -> Sequence[Record]:
+        job = schema.job.c
+        query = select(schema.job)
+        if states is not None:
+            query = query.where(job.state.in_(sorted(states)))
+            if JobState.CLOSED not in states:
+                query = query.where(text("state <> 'CLOSED'"))  # says that the small index will do
+        if root_run is not None:
+            query = query.where(job.root_run == root_run)
+        if flow_run is not None:
+            query = query.where(job.flow_run == flow_run)
+        if runtime is not None:
+            query = query.where(job.runtime == runtime)
+        if newest_first:
+            query = query.order_by(job.created_at.desc(), job.key.desc())
+        else:
+            query = query.order_by(job.created_at, job.key)
+        return self._reader.read_all(await self._fetch(query.limit(limit)))
+
+    async def quotas(self) -> Sequence[QuotaRow]:
+        rows = await self._fetch(select(schema.quota).order_by(schema.quota.c.name))
+        return [QuotaRow(row.name, row.live, row.lim) for row in rows]
+
+    async def runtimes(self) -> Sequence[RuntimeRow]:
+        rows = await self._fetch(select(schema.runtime).order_by(schema.runtime.c.started))
+        return [
+            RuntimeRow(
+                id=row.id,
+                host=row.host,
+                pid=row.pid,
+                born=row.born,
+                started=from_micros(row.started),
+                last_beat=from_micros(row.last_beat),
+            )
+            for row in rows
+        ]
+
+    async def _fetch(
+        self, query: Executable, values: dict[str, Any] | None = None
+    ) -> Sequence[Row[Any]]:
+        async def read() -> Sequence[Row[Any]]:
+            async with self._reads.connect() as conn:
+                return (await conn.execute(query, values)).all()
+
+        return await self._again(read)
+
+    async def _again(self, work: Callable[[], Awaitable[T]]) -> T:
+        """Do what is repeatable, a few times while the trouble may pass."""
+        for pause in (*_PAUSES, None):
+            try:
+                return await work()
+            except (SQLAlchemyError, OSError) as exc:
+                if pause is None or self._backend.judge(exc) is not Trouble.PASSING:
+                    raise self._backend.unavailable(exc) from exc
+            await self._clock.sleep(pause)
+        raise AssertionError("unreachable")
