@@ -1,10 +1,12 @@
-"""The admission count: places of a limit are taken and given back with the move they belong to."""
+"""The admission count: places are taken and given back with the move they belong to, in the order of arrival."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from datetime import UTC, datetime
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 
@@ -146,3 +148,134 @@ async def test_two_processes_together_keep_the_limit(ledger_url: str, limit: int
         assert len(held) == 30
         assert most_at_once(held) <= limit
         assert await live(store) == 0
+
+
+async def several(store: SqlStore, call: str, *quotas: str, **changes: Any) -> Record:
+    draft = draft_for(call, state=JobState.SLOT_REQUESTED, quotas=quotas, **changes)
+    return (await store.intent(draft)).record
+
+
+async def taken(store: SqlStore) -> dict[str, int]:
+    return {row.name: row.live for row in await store.quotas()}
+
+
+async def test_places_of_several_limits_are_taken_and_given_back_together(store: SqlStore) -> None:
+    """CASE-134, CASE-135: the second finds one of its limits full and takes of none."""
+    for name, limit in {"gpu": 10, "gpu:project=ab": 3, "other": 9}.items():
+        await store.set_quota(name, limit)
+    one, two, three = (
+        await several(store, "one", "gpu", "gpu:project=ab", weight=2),
+        await several(store, "two", "gpu", "gpu:project=ab", weight=2),
+        await several(store, "three", "gpu"),
+    )
+    results = await asyncio.gather(*(store.move(take(r)) for r in (one, two, three)))
+    assert results == [MoveResult.OK, MoveResult.FULL, MoveResult.OK]
+    assert await taken(store) == {"gpu": 3, "gpu:project=ab": 2, "other": 0}
+    held = await store.get(one.key)
+    assert held is not None
+    assert held.quotas == ("gpu", "gpu:project=ab")
+    assert await store.move(give(held)) is MoveResult.OK
+    assert await taken(store) == {"gpu": 1, "gpu:project=ab": 0, "other": 0}
+    assert await store.move(take(two)) is MoveResult.OK
+
+
+# --- whose turn it is ------------------------------------------------------------------------
+
+
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+LATER = NOW + timedelta(seconds=10)
+
+
+@dataclass
+class Line:
+    """Waiters of two processes; `early` has waited for ten seconds longer."""
+
+    store: SqlStore
+
+    async def early(self, *quotas: str, weight: int = 1) -> Record:
+        changes = {"runtime": "their process", "at": NOW, "weight": weight}
+        return await several(self.store, "early", *quotas, **changes)
+
+    async def late(self, *quotas: str, runtime: str = "our process") -> Record:
+        return await several(self.store, f"late {runtime}", *quotas, runtime=runtime, at=LATER)
+
+    async def asks_in_vain(self, record: Record, at: datetime = LATER) -> None:
+        await self.store.is_next(record, at, waits=True)
+
+    async def may_ask(self, record: Record, at: datetime = LATER) -> bool:
+        return await self.store.is_next(record, at, waits=False)
+
+
+@pytest.fixture
+async def line(store: SqlStore) -> Line:
+    for name in ("q", "ab", "abc", "far"):
+        await store.set_quota(name, 1)
+    return Line(store)
+
+
+async def test_an_earlier_job_of_another_process_goes_first_as_long_as_it_asks(line: Line) -> None:
+    """REQ-76: one that is dead, stopped or without Prefect asks no more, and holds nobody up."""
+    early, late = await line.early("q"), await line.late("q")
+    assert await line.may_ask(late)  # they have not said that they wait
+    await line.asks_in_vain(early)
+    assert not await line.may_ask(late)
+    assert await line.may_ask(early)
+    assert not await line.may_ask(late, LATER + timedelta(seconds=4))
+    assert await line.may_ask(late, LATER + timedelta(seconds=6))
+    await line.asks_in_vain(early, LATER + timedelta(seconds=6))
+    assert not await line.may_ask(late, LATER + timedelta(seconds=6))
+    await moved(line.store, early, JobState.SLOT_HELD, count=1)
+    assert await line.may_ask(late, LATER + timedelta(seconds=6))
+
+
+async def test_the_next_one_of_a_process_counts_from_the_moment_the_first_has_its_place(
+    line: Line,
+) -> None:
+    """REQ-76: no later job of another process slips in between."""
+    early, late = await line.early("q"), await line.late("q")
+    behind = await several(
+        line.store, "behind", "q", runtime="their process", at=NOW + timedelta(seconds=1)
+    )
+    await line.asks_in_vain(early)
+    await moved(line.store, early, JobState.SLOT_HELD, count=1)
+    assert not await line.may_ask(late)
+    assert await line.may_ask(behind)
+
+
+async def test_who_waits_for_another_limit_only_may_be_passed(line: Line) -> None:
+    """CASE-134, REQ-74: a project that has used up its share does not hold up the others."""
+    holder = await line.late("ab", runtime="third")
+    await moved(line.store, holder, JobState.SLOT_HELD, count=1)
+    early = await line.early("ab", "q")
+    await line.asks_in_vain(early)
+    late = await line.late("abc", "q")
+    assert await line.may_ask(late)
+    assert await line.may_ask(await line.late("far", runtime="fourth"))
+    assert not await line.may_ask(await line.late("ab", runtime="fifth"))
+    await moved(line.store, late, JobState.SLOT_HELD, count=1)
+    assert not await line.may_ask(await line.late("q", runtime="sixth"))  # now it waits for q too
+
+
+async def test_what_all_is_free_for_is_left_to_the_earlier_one(line: Line) -> None:
+    """CASE-135: of the same process as well, where each set of limits has a queue of its own."""
+    early = await line.early("ab", "q")
+    await line.asks_in_vain(early)
+    assert not await line.may_ask(await line.late("abc", "q"))
+    assert not await line.may_ask(await line.late("q", runtime="their process"))
+
+
+async def test_a_heavy_job_is_not_passed_by_light_ones(line: Line) -> None:
+    """REQ-76: two of three places are free, it wants three."""
+    await line.store.set_quota("q", 3)
+    light = await line.late("q", runtime="third")
+    await moved(line.store, light, JobState.SLOT_HELD, count=1)
+    await line.asks_in_vain(await line.early("q", weight=3))
+    assert not await line.may_ask(await line.late("q"))
+
+
+async def test_a_process_that_says_farewell_holds_nobody_up(line: Line) -> None:
+    """REQ-76."""
+    early, late = await line.early("q"), await line.late("q")
+    await line.asks_in_vain(early)
+    await line.store.farewell(early.runtime)
+    assert await line.may_ask(late)
