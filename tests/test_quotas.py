@@ -686,6 +686,170 @@ def test_many_lost_leases_do_not_storm_a_server_without_room() -> None:
     run(scenario())
 
 
+AB, ABC = f"{NAME}:project=ab", f"{NAME}:project=abc"
+
+
+@asynccontextmanager
+async def open_constrained(server: Server) -> AsyncGenerator[Quotas]:
+    """Ten places, two of them for each of two projects."""
+    async with open_quotas(server, limit=10) as quotas:
+        await quotas.configure(AB, 2)
+        await quotas.configure(ABC, 2)
+        yield quotas
+
+
+async def take_of(quotas: Quotas, *names: str, weight: int = 1) -> SlotLease:
+    return await quotas.acquire(
+        names, weight=weight, holder="", admit=admit_all, waiting=nobody_listens
+    )
+
+
+def test_a_project_that_has_used_up_its_share_holds_nobody_up() -> None:
+    """CASE-134: whole names count, so `ab` and `abc` are counted apart."""
+
+    async def scenario() -> None:
+        server = Server()
+        heard: list[Waiting] = []
+        async with open_constrained(server) as quotas:
+            held = [await take_of(quotas, NAME, AB) for _ in range(2)]
+            async with anyio.create_task_group() as group:
+                for _ in range(3):
+                    group.start_soon(take_of, quotas, NAME, AB)
+                await asyncio.sleep(1)
+                with anyio.fail_after(0.2):
+                    await take_of(quotas, NAME, ABC)
+                    await take_of(quotas, NAME)
+                assert server.taken == {NAME: 4, AB: 2, ABC: 1}
+                with anyio.move_on_after(5):
+                    await quotas.acquire(
+                        [NAME, AB], weight=1, holder="", admit=admit_all, waiting=heard.append
+                    )
+                assert (heard[0].limits, heard[0].position) == ({NAME: 10, AB: 2}, 4)
+                quotas.release([NAME, AB], held[0], weight=1)
+                await asyncio.sleep(0.2)
+                assert server.taken == {NAME: 4, AB: 2, ABC: 1}
+                group.cancel_scope.cancel()
+            assert (server.highest, server.limits[AB]) == (4, 2)
+
+    run(scenario())
+
+
+def test_halves_are_never_held_so_crossing_wishes_end() -> None:
+    """CASE-135: each wants a place of both limits, asked for in either order; all get them, one by one."""
+
+    async def scenario() -> None:
+        server = Server()
+        live = highest = 0
+
+        async def job(*names: str) -> None:
+            nonlocal live, highest
+            lease = await take_of(quotas, *names)
+            live += 1
+            highest = max(highest, live)
+            await asyncio.sleep(1)
+            live -= 1
+            quotas.release(names, lease, weight=1)
+
+        async with open_quotas(server) as quotas:
+            await quotas.configure(AB, 1)
+            await quotas.configure(ABC, 1)
+            with anyio.fail_after(30):
+                async with anyio.create_task_group() as group:
+                    for _ in range(5):
+                        group.start_soon(job, AB, ABC)
+                        group.start_soon(job, ABC, AB)
+            await asyncio.sleep(0.5)
+        assert (highest, server.taken) == (1, {AB: 0, ABC: 0})
+
+    run(scenario())
+
+
+def test_a_freed_place_is_seen_at_once_by_all_who_wait_for_one_of_its_limits() -> None:
+    """CASE-135, REQ-76: two heavy jobs end; the first of each queue starts."""
+
+    async def scenario() -> None:
+        server = Server()
+        loop = asyncio.get_running_loop()
+        started: list[float] = []
+
+        async def job(*names: str) -> None:
+            await take_of(quotas, *names)
+            started.append(loop.time())
+
+        async with open_constrained(server) as quotas:
+            held = [await take_of(quotas, NAME, weight=5) for _ in range(2)]
+            async with anyio.create_task_group() as group:
+                for names in ((NAME,), (NAME, AB), (NAME, ABC)):
+                    group.start_soon(job, *names)
+                await asyncio.sleep(5.5)
+                freed = loop.time()
+                for lease in held:
+                    quotas.release([NAME], lease, weight=5)
+        assert len(started) == 3
+        assert max(started) - freed < 0.2
+
+    run(scenario())
+
+
+def test_a_server_that_lost_a_lease_of_two_limits_gets_both_back_once() -> None:
+    """CASE-141: though the first try to give one of them back fails."""
+
+    async def scenario() -> None:
+        server = Server()
+        changed: list[SlotLease] = []
+        async with open_constrained(server) as quotas:
+            lease = await quotas.acquire(
+                [NAME, AB],
+                weight=2,
+                holder="",
+                admit=admit_all,
+                waiting=nobody_listens,
+                changed=changed.append,
+            )
+            server.restart()
+            server.failures["give_back"] = 1
+            await asyncio.sleep(60)
+            assert server.taken == {NAME: 2, AB: 2, ABC: 0}
+            assert [new.id for new in changed] == list(server.leases)
+            quotas.release([AB, NAME], lease, weight=2)
+            await asyncio.sleep(1)
+            assert (server.taken, server.leases) == ({NAME: 0, AB: 0, ABC: 0}, {})
+
+    run(scenario())
+
+
+def test_who_lets_others_go_first_asks_for_no_slot_and_says_that_he_waits() -> None:
+    """REQ-76: he looks every second; without an answer of Prefect he does not count as waiting."""
+
+    async def scenario() -> None:
+        server = Server()
+        loop = asyncio.get_running_loop()
+        told: list[bool] = []
+
+        async def turn(in_vain: bool) -> bool:
+            told.append(in_vain)
+            return loop.time() >= 5.5
+
+        async with open_quotas(server, limit=1) as quotas:
+            lease = await quotas.acquire(
+                [NAME], weight=1, holder="", admit=admit_all, waiting=nobody_listens, turn=turn
+            )
+            assert loop.time() == pytest.approx(6, abs=0.2)
+            assert server.count("acquire") == 1
+            assert told == [False, True, True, True, True, True, True]
+            told.clear()
+            server.is_down = True
+            with anyio.move_on_after(3.5):
+                await quotas.acquire(
+                    [NAME], weight=1, holder="", admit=admit_all, waiting=nobody_listens, turn=turn
+                )
+            assert told == [False] * 4
+            server.is_down = False
+            quotas.release([NAME], lease, weight=1)
+
+    run(scenario())
+
+
 async def no_jobs(name: str) -> int:
     return 0
 
