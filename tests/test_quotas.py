@@ -771,6 +771,7 @@ def test_a_freed_place_is_seen_at_once_by_all_who_wait_for_one_of_its_limits() -
         server = Server()
         loop = asyncio.get_running_loop()
         started: list[float] = []
+        freed = 0.0
 
         async def job(*names: str) -> None:
             await take_of(quotas, *names)

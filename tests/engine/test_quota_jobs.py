@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,14 +14,16 @@ import pytest
 from prefect_webapi import (
     CreateResult,
     Phase,
+    ResourceConstraintsSpec,
     ResourceRequirements,
     TaskExecutionContextReader,
     path,
 )
 from prefect_webapi.clock import Clock
-from prefect_webapi.contract.errors import QuotaNotConfigured
+from prefect_webapi.contract.errors import ConfigurationError, QuotaNotConfigured
 from prefect_webapi.engine.host import Host, Ticket
-from prefect_webapi.ledger.records import Move, MoveResult
+from prefect_webapi.engine.request import JobRequest
+from prefect_webapi.ledger.records import JobState, Move, MoveResult, QuotaRow
 from prefect_webapi.ledger.sql import SqlStore
 from prefect_webapi.quotas import Busy, SlotLease, SlotsUnavailable
 from prefect_webapi.testing import EmbeddedJobServer
@@ -42,8 +44,12 @@ def quota(jobs: int, **more: Any) -> dict[str, Any]:
 
 async def places_taken(folder: Path) -> int:
     """What the ledger counts, asked by nobody who works on it."""
+    return sum(row.live for row in await limits(folder))
+
+
+async def limits(folder: Path) -> Sequence[QuotaRow]:
     async with another_store(ledger_of(folder)) as store:
-        return sum(row.live for row in await store.quotas())
+        return await store.quotas()
 
 
 @dataclass
@@ -221,6 +227,142 @@ async def test_namespaces_are_counted_apart(job_server: EmbeddedJobServer, tmp_p
     assert sorted(kinds[:3]) == ["cpu", "cpu", "gpu"]
     assert kinds[3] == kinds[0]
     assert job_server.stats().peak_live == 3
+
+
+class ProjectPlugin(JobServerPlugin):
+    """No project has more than three places, and no more than two in one work pool."""
+
+    constraints = ResourceConstraintsSpec(project_scope=3, namespace_scope=2)
+
+    async def resource_requirements(self, ctx: TaskExecutionContextReader) -> ResourceRequirements:
+        return ResourceRequirements(constraints=self.constraints)
+
+
+class TwoEachPlugin(ProjectPlugin):
+    constraints = ResourceConstraintsSpec(project_scope=2)
+
+
+def of_project(project: str, day: int, pool: str = "", **spec: Any) -> JobRequest:
+    """A call of a task with a tag `project:…`; the job server counts under the pool, or the project."""
+    called = request(
+        ReportJob(day=day, quota=pool or project, **spec),
+        task_type="shared",
+        task_run=f"{project}-{pool}-{day}",
+        labels={"project": project},
+    )
+    return replace(called, caller=replace(called.caller, namespace=pool))
+
+
+async def test_projects_share_a_quota_and_each_keeps_to_its_constraint(
+    job_server: EmbeddedJobServer, tmp_path: Path
+) -> None:
+    """CASE-134, REQ-74: quota 10, two places each for `ab` and `abc`, counted apart; `ab` came first with ten jobs."""
+    slots = Witnessed()
+    entries = [entry(TwoEachPlugin, "shared")]
+    with at(tmp_path, job_server, quota(10), entries=entries, slots=slots) as host:
+        tickets = [
+            host.admit(of_project(project, day, seconds=0.3))
+            for project in ("ab", "abc")
+            for day in range(6)
+        ]
+        outcomes = await asyncio.gather(*(ticket.outcome() for ticket in tickets))
+        await eventually(slots.active_is_zero, within=5)
+    assert all(outcome.info.phase is Phase.SUCCESS for outcome in outcomes)
+    stats = job_server.stats()
+    assert stats.peak_by_quota == {"ab": 2, "abc": 2}
+    assert stats.peak_live == 4
+    assert {row.name: row.live for row in await limits(tmp_path)} == {
+        "webapi:shared:default:default": 0,
+        "webapi:shared:default:default:project=ab": 0,
+        "webapi:shared:default:default:project=abc": 0,
+    }
+
+
+async def test_a_project_constraint_and_a_namespace_constraint_are_both_kept(
+    job_server: EmbeddedJobServer, tmp_path: Path
+) -> None:
+    """CASE-135: three places per project, two per work pool; both pools are at it, and nobody holds a half."""
+    slots = Witnessed()
+    entries = [entry(ProjectPlugin, "shared")]
+    with at(tmp_path, job_server, quota(10), entries=entries, slots=slots) as host:
+        tickets = [
+            host.admit(of_project("ab", day, pool, seconds=0.3))
+            for day in range(5)
+            for pool in ("one", "two")
+        ]
+        outcomes = await asyncio.gather(*(ticket.outcome() for ticket in tickets))
+        await eventually(slots.active_is_zero, within=5)
+    assert all(outcome.info.phase is Phase.SUCCESS for outcome in outcomes)
+    stats = job_server.stats()
+    assert (stats.peak_live, stats.peak_by_quota) == (3, {"one": 2, "two": 2})
+    assert await places_taken(tmp_path) == 0
+
+
+async def test_a_waiting_job_names_its_constraint_and_the_block_names_its_project(
+    job_server: EmbeddedJobServer, tmp_path: Path
+) -> None:
+    """CASE-136: what the block says wins over the tag; what a name may not hold is written otherwise."""
+    told = Told()
+    entries = [entry(TwoEachPlugin, "shared")]
+    with at(tmp_path, job_server, quota(10), entries=entries, project="a:b/c") as host:
+        for day in range(2):
+            host.admit(of_project("ab", day, outcome="never"))
+        waiter = replace(of_project("abc", 2), reporter=told)
+        await eventually(lambda: job_server.stats().live == 2, within=10)
+        host.admit(waiter)
+        await eventually(lambda: told.phases, within=10)
+        assert job_server.stats().created == 2
+    name = "webapi:shared:default:default"
+    [(phase, reason), *_] = told.phases
+    assert phase == "WAITING_FOR_RESOURCES"
+    assert reason.startswith(
+        f"quota {name}: limit 10, {name}:project=a~3Ab~2Fc: limit 2, position 1, waits for 0 s"
+    )
+
+
+class HeavyPlugin(JobServerPlugin):
+    """Jobs whose kind is `heavy` take three places."""
+
+    async def resource_requirements(self, ctx: TaskExecutionContextReader) -> ResourceRequirements:
+        return ResourceRequirements(places=3 if ctx.spec(ReportJob).kind == "heavy" else 1)
+
+
+async def test_a_job_of_three_places_counts_three_and_light_ones_do_not_pass_it(
+    job_server: EmbeddedJobServer, tmp_path: Path
+) -> None:
+    """REQ-75, REQ-76: of ten places three heavy jobs take nine; the fourth waits, and a light one behind it too."""
+    slots, told = Witnessed(), Told()
+    entries = [entry(HeavyPlugin, "keys")]
+    with at(tmp_path, job_server, quota(10), entries=entries, slots=slots) as host:
+        heavy = admitted(host, 3, "heavy", kind="heavy", outcome="never")
+        await eventually(lambda: job_server.stats().live == 3, within=10)
+        heavy += admitted(host, 1, "fourth", kind="heavy", outcome="never")
+        await eventually(lambda: places_wanted(tmp_path, 1), within=10)
+        spec = ReportJob(kind="light", outcome="never")
+        host.admit(request(spec, task_type="keys", task="light", reporter=told))
+        await eventually(lambda: any("position 2" in reason for _, reason in told.phases), within=5)
+        assert (job_server.stats().created, await slots.active()) == (3, 9)
+        job_server.end(job_server.jobs()[0].name, "succeeded")
+        await eventually(lambda: job_server.stats().created == 5, within=10)
+        assert (await slots.active(), await places_taken(tmp_path)) == (10, 10)
+        first = await heavy[0].outcome()
+        with pytest.raises(ConfigurationError, match=r"asks for 3 places .* which has 2"):
+            await too_heavy(job_server, tmp_path)
+    assert first.info.phase is Phase.SUCCESS
+    kinds = [create.body["spec"]["kind"] for create in job_server.log("create")]
+    assert kinds == ["heavy"] * 4 + ["light"]
+    assert job_server.stats().peak_live == 4
+
+
+async def places_wanted(folder: Path, jobs: int) -> bool:
+    async with another_store(ledger_of(folder)) as store:
+        return len(await store.select(states=[JobState.SLOT_REQUESTED])) == jobs
+
+
+async def too_heavy(job_server: EmbeddedJobServer, folder: Path) -> None:
+    entries = [entry(HeavyPlugin, "keys")]
+    with at(folder / "other", job_server, quota(2), entries=entries) as host:
+        await run(host, ReportJob(kind="heavy"))
 
 
 class Stammering(LocalSlots):
