@@ -429,7 +429,7 @@ class Quotas:
         turn: Callable[[bool], Awaitable[bool]],
     ) -> SlotLease:
         """What the first in the queue does."""
-        in_vain = False
+        in_vain = has_said_so = False
         while True:
             queue.freed.clear()
             self._check(queue, held.weight)
@@ -444,6 +444,9 @@ class Quotas:
                     admitted = await admit(lease)
                 if admitted:
                     return held.lease or lease
+            if in_vain and not has_said_so:  # now, not with the next question
+                has_said_so = True
+                await turn(True)
             if waiter.position != 1 or waiter.told == waiter.began:
                 waiter.position = 1
                 self._tell(queue, waiter)

@@ -5,29 +5,38 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import signal
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from prefect import flow
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import GlobalConcurrencyLimitUpdate
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.objects import TaskRun
 from prefect.context import FlowRunContext
 from prefect.exceptions import ObjectNotFound
+from prometheus_client import CollectorRegistry
 
 from prefect_webapi import Phase
 from prefect_webapi._prefect.slots import PrefectSlots
 from prefect_webapi.clock import Clock, use_clock
 from prefect_webapi.engine.host import Host, Ticket
+from prefect_webapi.ledger.records import Move, MoveResult
+from prefect_webapi.ledger.sql import SqlStore
+from prefect_webapi.metrics import Metrics
+from prefect_webapi.quotas import repair
 from prefect_webapi.testing import EmbeddedJobServer
 from prefect_webapi_jobserver import Report, ReportJob, run_job
-from tests.support.engine import at, block, request
+from tests.support.engine import Told, at, block, engine, request
 from tests.support.engine_child import Work, child
-from tests.support.ledger import another_store, sqlite_url
+from tests.support.ledger import another_store, ledger_of
+from tests.support.plugins import ALL
 from tests.support.prefect import PrefectServer, pointed_at, prefect_leaks
 from tests.support.waiting import eventually
 
@@ -50,8 +59,8 @@ async def is_free(name: str) -> bool:
     return await taken(name) == 0
 
 
-async def places_taken(ledger: Path) -> int:
-    async with another_store(sqlite_url(ledger)) as store:
+async def places_taken(ledger: str) -> int:
+    async with another_store(ledger) as store:
         return sum(row.live for row in await store.quotas())
 
 
@@ -90,7 +99,7 @@ async def test_four_processes_share_a_quota_of_three(
     assert (stats.created, stats.peak_live, stats.live) == (16, 3, 0)
     assert not stats.duplicates
     assert await taken("webapi:keys:default:default") == 0
-    assert await places_taken(tmp_path / "webapi.db") == 0
+    assert await places_taken(ledger_of(tmp_path)) == 0
 
 
 @pytest.fixture
@@ -228,4 +237,229 @@ async def test_jobs_outlive_a_restart_of_prefect_and_none_starts_without_a_slot(
     assert all(outcome.info.phase is Phase.SUCCESS for outcome in outcomes)
     assert job_server.stats().peak_live == 2
     assert not job_server.log("delete")
-    assert await places_taken(tmp_path / "webapi.db") == 0
+    assert await places_taken(ledger_of(tmp_path)) == 0
+
+
+@dataclass
+class Processes:
+    """Engines that share a ledger and a limit at Prefect, as processes on one machine do.
+
+    Attributes:
+        told: what each waiting job was told, by day; tickets: in the order of admission.
+    """
+
+    folder: Path
+    server: EmbeddedJobServer
+    connection: str
+    store: type[SqlStore] = SqlStore
+    tickets: list[Ticket] = field(default_factory=list[Ticket])
+    told: list[Told] = field(default_factory=list[Told])
+
+    @property
+    def limit(self) -> str:
+        return f"webapi:keys:{self.connection}:default"
+
+    def one(self, jobs: int) -> AbstractContextManager[Host]:
+        blocks = {self.connection: block(self.server, quota(jobs), getTimeout="10m")}
+        return engine(self.folder, ALL, blocks, store=self.store, slots=PrefectSlots)
+
+    def endless(self, host: Host) -> None:
+        """One more job, of a day of its own."""
+        day = len(self.tickets)
+        self.told.append(Told())
+        called = request(
+            ReportJob(outcome="never", day=day),
+            task_type="keys",
+            task_run=f"t{day}",
+            connection=self.connection,
+            reporter=self.told[-1],
+        )
+        self.tickets.append(host.admit(called))
+
+    async def until_waiting(self) -> None:
+        """The newest job waits."""
+        told = self.told[-1]
+        await eventually(lambda: "WAITING_FOR_RESOURCES" in told.names, within=20)
+
+    async def until_created(self, jobs: int) -> None:
+        await eventually(lambda: self.server.stats().created >= jobs, within=20)
+
+    def end(self, nth: int) -> None:
+        self.server.end(self.server.jobs()[nth].name, "succeeded")
+
+    async def until_free(self) -> None:
+        await asyncio.gather(*(ticket.outcome() for ticket in self.tickets))
+        await eventually(lambda: is_free(self.limit), within=20)
+
+
+def seconds_to_create(job_server: EmbeddedJobServer) -> float:
+    """From the last read before the newest create, which saw a job over, to this create."""
+    log = job_server.log()
+    created = max(each.mono for each in log if each.op == "create")
+    reads = (each.mono for each in log if each.op in ("get", "batch"))
+    return created - max(read for read in reads if read < created)
+
+
+async def test_jobs_of_two_processes_start_in_the_order_in_which_they_came(
+    prefect_api: PrefectServer, job_server: EmbeddedJobServer, connection: str, tmp_path: Path
+) -> None:
+    """CASE-137, REQ-76: a freed place wakes the next one at once, in another process within two seconds."""
+    both = Processes(tmp_path, job_server, connection)
+    waits: list[float] = []
+    with both.one(1) as first, both.one(1) as second:
+        both.endless(first)
+        await both.until_created(1)
+        for host in (second, first, second, second, first):
+            both.endless(host)
+            await both.until_waiting()
+        for nth in range(5):
+            both.end(nth)
+            await both.until_created(nth + 2)
+            waits.append(seconds_to_create(job_server))
+        both.end(5)
+        await both.until_free()
+    assert [create.body["spec"]["day"] for create in job_server.log("create")] == [*range(6)]
+    assert job_server.stats().peak_live == 1
+    assert waits[3] < 0.9, "this one stays in its process"
+    assert max(waits) < 2.5
+
+
+class FullStore(SqlStore):
+    """Counts how often the ledger had no room."""
+
+    refused: ClassVar[int] = 0
+
+    async def move(self, move: Move) -> MoveResult:
+        result = await super().move(move)
+        FullStore.refused += result is MoveResult.FULL
+        return result
+
+
+@pytest.mark.parametrize("done", ["deleted", "switched off"])
+async def test_a_limit_that_is_gone_or_off_meanwhile_lets_nobody_start(
+    prefect_api: PrefectServer,
+    job_server: EmbeddedJobServer,
+    connection: str,
+    tmp_path: Path,
+    done: str,
+) -> None:
+    """CASE-146: Prefect counts from nothing, or not at all; the ledger's count holds, and no slot stays taken."""
+    FullStore.refused = 0
+    process = Processes(tmp_path, job_server, connection, FullStore)
+    with process.one(2) as host:
+        process.endless(host)
+        process.endless(host)
+        await process.until_created(2)
+        async with get_client() as client:
+            if done == "deleted":
+                await client.delete_global_concurrency_limit_by_name(process.limit)
+            else:
+                off = GlobalConcurrencyLimitUpdate(active=False)
+                await client.update_global_concurrency_limit(process.limit, off)
+        process.endless(host)
+        await eventually(lambda: FullStore.refused >= 3, within=10)
+        assert job_server.stats().created == 2
+        process.end(0)
+        await process.until_created(3)
+        async with get_client() as client:
+            on = GlobalConcurrencyLimitUpdate(active=True)
+            await client.update_global_concurrency_limit(process.limit, on)
+        process.end(1)
+        process.end(2)
+        await asyncio.gather(*(ticket.outcome() for ticket in process.tickets))
+
+        async def held(name: str) -> int:
+            async with another_store(ledger_of(tmp_path)) as store:
+                return sum(row.live for row in await store.quotas())
+
+        async with PrefectSlots(Clock()) as slots:
+            metrics = Metrics(CollectorRegistry())
+            await repair(slots, [process.limit], held, clock=Hurried(), metrics=metrics)
+    assert await taken(process.limit) == 0
+    assert job_server.stats().peak_live == 2
+
+
+class Hurried(Clock):
+    """Does not sit out the lease and half a minute between two looks."""
+
+    async def sleep(self, seconds: float) -> None:
+        return None
+
+
+@pytest.mark.chaos
+async def test_nothing_stops_a_quota_neither_a_kill_nor_a_restart_of_prefect(
+    own_prefect_server: PrefectServer,
+    each_ledger: str,
+    job_server: EmbeddedJobServer,
+    tmp_path: Path,
+) -> None:
+    """CASE-130, CASE-131, CASE-141, CASE-142: three processes of six jobs each; one is killed with live jobs, then the
+    server, whose leases are lost; what the dead one left is run again.
+    """
+    server = own_prefect_server
+
+    def work(n: int, execution: str) -> Work:
+        return Work(
+            folder=tmp_path,
+            server=job_server.url,
+            specs=tuple(ReportJob(kind=f"process {n}", day=day, seconds=3) for day in range(6)),
+            execution=execution,
+            config=quota(3),
+            prefect=server,
+        )
+
+    def live_kinds() -> set[str]:
+        return {job.kind for job in job_server.jobs() if job.state == "running"}
+
+    with ExitStack() as stack:
+        dying, *living = [stack.enter_context(child(work(n, f"first-{n}"))) for n in range(3)]
+        await eventually(lambda: "process 0" in live_kinds(), within=60)
+        dying.signal(signal.SIGKILL)
+        await asyncio.to_thread(server.kill)
+        await eventually(lambda: job_server.stats().live == 0, within=60)
+        seen = job_server.stats().created
+        await asyncio.to_thread(server.start)
+        again = stack.enter_context(child(work(0, "second-0")))
+        ends = [await asyncio.to_thread(each.ends, within=180) for each in (*living, again)]
+    assert [end.phase for ended in ends for end in ended] == ["SUCCESS"] * 18
+    stats = job_server.stats()
+    assert seen < 18
+    assert (stats.created, stats.peak_live) == (18, 3)
+    assert not stats.duplicates
+    assert await places_taken(each_ledger) == 0
+
+
+@pytest.mark.chaos
+async def test_a_process_that_slept_longer_than_its_lease_finds_its_jobs_and_the_quota_as_they_were(
+    prefect_api: PrefectServer, job_server: EmbeddedJobServer, tmp_path: Path
+) -> None:
+    """CASE-141: it is stopped with two of two live; Prefect lends its slots to others, the ledger admits none."""
+    specs = tuple(ReportJob(day=day, outcome="never") for day in range(2))
+    work = Work(
+        folder=tmp_path, server=job_server.url, specs=specs, config=quota(2), prefect=prefect_api
+    )
+    limit = "webapi:keys:default:default"
+    FullStore.refused = 0
+    with (
+        child(work) as sleeper,
+        at(tmp_path, job_server, quota(2), store=FullStore, slots=PrefectSlots) as host,
+    ):
+        await eventually(lambda: job_server.stats().live == 2, within=30)
+        sleeper.signal(signal.SIGSTOP)
+        waiter = host.admit(
+            request(ReportJob(seconds=0), task_type="keys", run="other", task_run="other")
+        )
+        await eventually(lambda: FullStore.refused >= 5, within=240, every=0.5)
+        assert job_server.stats().created == 2
+        sleeper.signal(signal.SIGCONT)
+        await eventually(lambda: sleeper.said("it lapsed unrenewed") == 2, within=60, every=0.5)
+        for job in job_server.jobs()[:2]:
+            job_server.end(job.name, "succeeded")
+        ends = await asyncio.to_thread(sleeper.ends)
+        outcome = await waiter.outcome()
+        await eventually(lambda: is_free(limit), within=30)
+    assert [end.phase for end in ends] == ["SUCCESS"] * 2
+    assert outcome.info.phase is Phase.SUCCESS
+    stats = job_server.stats()
+    assert (stats.created, stats.peak_live) == (3, 2)
+    assert not stats.duplicates
