@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import base64
 import binascii
-import html
 import ipaddress
 import json as json_module
+import logging
 import re
 import socket
 import ssl
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from http import HTTPStatus
-from typing import Any, Literal, cast
-from urllib.parse import quote, quote_plus, urlsplit
+from typing import Any, Literal, TypeVar, cast
+from urllib.parse import quote, urlsplit
 
 import httpx
 from pydantic import SecretStr
@@ -38,7 +38,7 @@ from prefect_webapi.contract.errors import (
     RemoteUserError,
     Throttled,
 )
-from prefect_webapi.contract.secrecy import looks_secret
+from prefect_webapi.contract.secrecy import Mask, looks_secret, mask_url
 
 __all__ = [
     "ANSWER_TOO_LARGE",
@@ -51,6 +51,7 @@ __all__ = [
 ]
 
 Method = Literal["GET", "POST", "PUT", "PATCH", "DELETE"]
+T = TypeVar("T")
 HeaderSource = Callable[[], Awaitable[Mapping[str, str | SecretStr]]]
 
 MAX_ANSWER_BYTES = 32 * 1024 * 1024
@@ -164,12 +165,11 @@ class RemoteClient:
         given = dict(headers or {})
         if token is not None:
             given["Authorization"] = SecretStr(f"Bearer {token.get_secret_value()}")
-        secrets = _secrets_of(given)
+        secrets = tuple(_secrets_of(given))
         _check_address(base_url, credentials=bool(secrets or auth) and not allow_insecure)
         self._base_url = base_url.rstrip("/")
         self._headers = _sendable(given)
-        self._secrets = secrets
-        self._mask = _Mask(secrets)
+        self._mask = Mask(secrets)
         self._auth = auth
         self._max_answer_bytes = max_answer_bytes
         longest = request_timeout.total_seconds()
@@ -249,6 +249,7 @@ class RemoteClient:
     ) -> Answer:
         """Send one request and read its answer, whatever its status.
 
+        Parameters may be `SecretStr`; these, and those under telling names such as `api_key`, are kept out of texts.
         Redirects are not followed: they would carry the credentials along. Of an error's body the first 64 KiB are
         read.
 
@@ -257,13 +258,13 @@ class RemoteClient:
             BadTaskSpecification: `json` has no JSON form.
         """
         extra = {**await self._fresh_headers(), **(headers or {})}
-        mask = _Mask([*self._secrets, *_secrets_of(extra)]) if extra else self._mask
+        mask = self._mask.with_more(_secrets_of({**extra, **_texts(params)}))
         sent = {**self._headers, **_sendable(extra)}
         content = None
         if json is not None:
             content = _encoded(json)
             sent.setdefault("Content-Type", "application/json")
-        asked = {key: value for key, value in (params or {}).items() if value is not None}
+        asked = {key: _plain(value) for key, value in (params or {}).items() if value is not None}
         try:
             async with self._opened().stream(
                 method, self._base_url + path, params=asked or None, content=content, headers=sent
@@ -414,75 +415,74 @@ def classify(error: Exception) -> RemoteError:
         return error
     if isinstance(error, ConfigurationError):
         return BadTaskSpecification(str(error), code=name)
+    told = mask_url(str(error))  # httpx shows addresses whole
     if isinstance(error, httpx.HTTPStatusError):
-        return _of_response(error.response, error.request.method) or RemoteSystemError(str(error))
+        return _of_response(error.response, error.request) or RemoteSystemError(told)
     if isinstance(error, httpx.LocalProtocolError):  # its text may hold a header
         return RemoteUserError("the request can't be sent: it breaks the protocol", code=name)
     if isinstance(error, httpx.InvalidURL | httpx.UnsupportedProtocol):
-        return RemoteUserError(f"{name}: {error}", code=name)
+        return RemoteUserError(f"{name}: {told}", code=name)
     if isinstance(error, _NOTHING_SENT):
-        return RemoteSystemError(f"{name}: {error}", code=name, job_may_exist=False)
+        return RemoteSystemError(f"{name}: {told}", code=name, job_may_exist=False)
     if isinstance(error, httpx.TimeoutException | TimeoutError):
         return OutcomeUnknown(f"no answer in time ({name})", code="Timeout")
     if isinstance(error, httpx.TransportError | ConnectionError):
-        return OutcomeUnknown(f"the connection was lost ({name}: {error})", code="ConnectionLost")
-    return RemoteSystemError(f"{name}: {error}", code=name)
+        return OutcomeUnknown(f"the connection was lost ({name}: {told})", code="ConnectionLost")
+    return RemoteSystemError(f"{name}: {told}", code=name)
 
 
-def _of_response(response: httpx.Response, method: str) -> RemoteError | None:
+def _of_response(response: httpx.Response, request: httpx.Request) -> RemoteError | None:
     try:
         body = response.content
     except httpx.ResponseNotRead:
         body = b""
-    answer = Answer(response.status_code, dict(response.headers.items()), body)
-    return error_of_status(answer, cast(Method, method))
+    mask = Mask(_secrets_of({**request.headers, **request.url.params}))
+    answer = Answer(response.status_code, dict(response.headers.items()), body, mask)
+    return error_of_status(answer, cast(Method, request.method))
 
 
 # --- texts without secrets -------------------------------------------------------------------
 
 
-class _Mask:
-    """Takes secrets out of a text, in each of the shapes in which services echo them."""
-
-    def __init__(self, secrets: Iterable[str]) -> None:
-        shapes = {shape for secret in secrets for shape in _shapes(secret) if shape}
-        self._shapes = sorted(shapes, key=len, reverse=True)
-
-    def __call__(self, text: str) -> str:
-        for shape in self._shapes:
-            text = text.replace(shape, "***")
-        return text
+def _without_secrets(record: logging.LogRecord) -> bool:
+    """httpx logs the address of each request whole, Prefect's own with the password of its API too."""
+    if isinstance(record.args, tuple):
+        record.args = tuple(
+            mask_url(str(arg)) if isinstance(arg, httpx.URL) else arg for arg in record.args
+        )
+    return True
 
 
-def _shapes(secret: str) -> Iterable[str]:
-    """The secret as it is, without its scheme, and as URLs, JSON, HTML and tracebacks write it."""
-    scheme, _, rest = secret.partition(" ")
-    if scheme.lower() == "basic":
-        try:
-            plain = base64.b64decode(rest, validate=True).decode("utf-8", "replace")
-        except binascii.Error:
-            plain = ""
-        yield plain
-        yield plain.partition(":")[2]
-    for form in (secret, rest):
-        yield form
-        yield quote(form, safe="")
-        yield quote_plus(form)
-        yield json_module.dumps(form)[1:-1]
-        yield html.escape(form)
+logging.getLogger("httpx").addFilter(_without_secrets)
 
 
-def _secrets_of(headers: Mapping[str, str | SecretStr]) -> list[str]:
-    """The values that must never be shown; a plain string under a telling name is one too."""
-    return [
-        _plain(value)
-        for name, value in headers.items()
-        if isinstance(value, SecretStr) or looks_secret(name) or name.lower() == "cookie"
-    ]
+def _secrets_of(headers: Mapping[str, str | SecretStr]) -> Iterator[str]:
+    """The values that must never be shown, whole and without their scheme; a plain string under a telling name too."""
+    for name, value in headers.items():
+        if isinstance(value, SecretStr) or looks_secret(name) or name.lower() == "cookie":
+            yield (whole := _plain(value))
+            scheme, _, rest = whole.partition(" ")
+            yield rest
+            if scheme.lower() == "basic":
+                plain = _decoded(rest)
+                yield plain
+                yield plain.partition(":")[2]
 
 
-def _plain(value: str | SecretStr) -> str:
+def _decoded(text: str) -> str:
+    try:
+        return base64.b64decode(text, validate=True).decode("utf-8", "replace")
+    except binascii.Error:
+        return ""
+
+
+def _plain(value: T | SecretStr) -> T | str:
     return value.get_secret_value() if isinstance(value, SecretStr) else value
+
+
+def _texts(params: Mapping[str, Any] | None) -> dict[str, str | SecretStr]:
+    """The parameters that can hold a secret."""
+    return {k: v for k, v in (params or {}).items() if isinstance(v, str | SecretStr)}
 
 
 def _beginning(body: bytes | bytearray, mask: Callable[[str], str]) -> str:

@@ -1,6 +1,6 @@
 """What the engine counts. One table declares every metric; nothing else may be counted.
 
-Without prometheus-client all of it does nothing. No label holds a job's id: labels have few values.
+Where prometheus-client can't be imported all of it does nothing. No label holds a job's id: labels have few values.
 """
 
 from __future__ import annotations
@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeVar
 from weakref import WeakKeyDictionary
@@ -21,10 +22,10 @@ if TYPE_CHECKING:
 else:
     try:
         import prometheus_client as prometheus
-    except ImportError:  # an optional library: whoever installs it gets numbers
+    except Exception:  # noqa: BLE001 - absent or broken: nobody's job shall suffer from it
         prometheus = None
 
-__all__ = ["METRICS", "Metric", "Metrics"]
+__all__ = ["METRICS", "Metric", "Metrics", "served"]
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +74,9 @@ METRICS: Mapping[str, Metric] = {
     "ledger_conflicts_total": Metric("counter", ("plugin",), "Writes lost to another process."),
     "phase_transitions_total": Metric("counter", ("plugin", "phase"), "Changes of phase."),
     "poll_lag_seconds": Metric("histogram", ("plugin",), "How late reads of jobs are."),
+    "blocked_total": Metric(
+        "counter", ("plugin", "op"), "Times a plugin's code held up all jobs of its process."
+    ),
 }
 
 
@@ -113,6 +117,16 @@ class _Family:
         return clean
 
 
+def _kind(metric: Metric) -> type[object]:
+    match metric.kind:
+        case "counter":
+            return prometheus.Counter
+        case "gauge":
+            return prometheus.Gauge
+        case "histogram":
+            return prometheus.Histogram
+
+
 _families: WeakKeyDictionary[object, _Family] = WeakKeyDictionary()
 
 
@@ -131,6 +145,11 @@ class Metrics:
             family = _families.get(registry)
             if family is None:
                 family = _families[registry] = _Family(registry)
+                for (
+                    name,
+                    metric,
+                ) in METRICS.items():  # so that all are there before they are counted
+                    family.get(_kind(metric), f"{PREFIX}_{name}", metric)
             self._family = family
 
     def count(self, name: str, amount: float = 1, /, **labels: str) -> None:
@@ -196,6 +215,34 @@ class Metrics:
         if set(labels) != set(metric.labels):
             raise ValueError(f"metric {name} has the labels {metric.labels}, not {tuple(labels)}")
         return metric
+
+
+@contextmanager
+def served(port: int | None, host: str) -> Generator[None]:
+    """Publish this process's metrics at ``http://host:port/metrics`` until the block ends; None: don't.
+
+    A port that can't be had is told in the log and does no harm.
+    """
+    if port is None or prometheus is None:
+        yield
+        return
+    try:
+        server, thread = prometheus.start_http_server(port, addr=host)
+    except OSError as error:
+        logger.warning(
+            "metrics are not served at %s:%s: %s. Only one process of a machine can have a port",
+            host,
+            port,
+            error,
+        )
+        yield
+        return
+    try:
+        yield
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
 
 
 class _Scope:

@@ -88,6 +88,10 @@ class WebApiSettings(EngineFields, PrefectBaseSettings):
     metrics_port: Annotated[int | None, BeforeValidator(_off)] = Field(
         default=None, ge=1, le=65_535, description="Port that serves metrics; off serves none."
     )
+    metrics_host: str = Field(
+        default="127.0.0.1",
+        description="Address at which metrics are served; 0.0.0.0 for other machines.",
+    )
 
     @field_validator("ledger_url")
     @classmethod

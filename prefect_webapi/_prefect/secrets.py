@@ -8,7 +8,6 @@ import re
 from collections.abc import Mapping
 from typing import Any, cast
 
-from prefect.blocks.system import Secret
 from prefect.exceptions import ObjectNotFound
 from pydantic import BaseModel, SecretBytes, SecretStr
 
@@ -16,6 +15,9 @@ from prefect_webapi._prefect.api import Api
 from prefect_webapi.contract.errors import SecretNotFound
 
 __all__ = ["BlockSecrets"]
+
+_SLUGS = ("secret", "secret-str")
+"""What `Secret(...)` and `Secret[str](...)` are saved as."""
 
 
 class BlockSecrets:
@@ -54,15 +56,16 @@ class BlockSecrets:
     async def _from_block(self, document: str) -> str | None:
         if not document:
             return None
-        slug = Secret.get_block_type_slug()
-        try:
-            found = await self._api.ask(
-                f"read block {slug}/{document}",
-                lambda client: client.read_block_document_by_name(document, slug),
-            )
-        except ObjectNotFound:
-            return None
-        return _text(Secret[Any].model_validate(found.data).get())
+        for slug in _SLUGS:
+            try:
+                found = await self._api.ask(
+                    f"read block {slug}/{document}",
+                    lambda client, slug=slug: client.read_block_document_by_name(document, slug),
+                )
+            except ObjectNotFound:
+                continue
+            return _text(found.data["value"])
+        return None
 
 
 def _from_field(connection: Any, path: str) -> str | None:

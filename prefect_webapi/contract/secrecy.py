@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import html
+import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
 from typing import Any, cast, get_args, get_origin
+from urllib.parse import quote, quote_plus
 
 from pydantic import BaseModel, SecretBytes, SecretStr
 from pydantic.types import Secret
 
-__all__ = ["is_secret_type", "looks_secret", "mask_url", "scrub", "secrets_in"]
+__all__ = ["Mask", "is_secret_type", "looks_secret", "mask_url", "scrub", "secrets_in"]
+
+LEAST_CHARACTERS = 8
+"""Shorter secrets are taken out of messages only: in data they can't be told from ordinary words."""
 
 _SECRET_WORDS = frozenset(
     [
@@ -59,26 +66,119 @@ def mask_url(text: str) -> str:
     )
 
 
+class Mask:
+    """Takes secrets out of texts and data, in each of the shapes in which services echo them."""
+
+    def __init__(self, secrets: Iterable[str]) -> None:
+        self._secrets = frozenset(filter(None, secrets))
+
+    @cached_property
+    def _any(self) -> re.Pattern[str] | None:
+        return _pattern(self._secrets)
+
+    @cached_property
+    def _long(self) -> re.Pattern[str] | None:
+        return _pattern(secret for secret in self._secrets if len(secret) >= LEAST_CHARACTERS)
+
+    def __call__(self, text: str) -> str:
+        """`text` with `***` in the place of each secret."""
+        return self._any.sub("***", text) if self._any else text
+
+    def with_more(self, secrets: Iterable[str]) -> Mask:
+        more = self._secrets.union(secrets)
+        return self if more == self._secrets else Mask(more)
+
+    def hits(self, text: str) -> bool:
+        """Whether `text`, which may be JSON, holds a secret of eight characters or more."""
+        return self._long is not None and self._long.search(text) is not None
+
+    def data(self, value: Any) -> Any:
+        """`value`, as JSON knows it, without secrets of eight characters or more."""
+        if self._long is None:
+            return value
+        if isinstance(value, str):
+            return self._long.sub("***", value)
+        if isinstance(value, Mapping):
+            pairs = cast(Mapping[Any, Any], value).items()
+            return {self.data(name): self.data(part) for name, part in pairs}
+        if isinstance(value, list | tuple):
+            return [self.data(part) for part in cast(list[Any], value)]
+        return value
+
+    def is_told_by(self, error: BaseException) -> bool:
+        """Whether a traceback of `error` shows a secret: in its text, its notes, or in what led to it."""
+        texts = "\n".join(_told(error, set()))
+        return self(texts) != texts
+
+
+def _told(error: BaseException, seen: set[int]) -> Iterator[str]:
+    if id(error) in seen:
+        return
+    seen.add(id(error))
+    yield str(error)
+    yield from map(str, getattr(error, "__notes__", ()))
+    parts = cast(tuple[BaseException, ...], getattr(error, "exceptions", ()))
+    for other in (error.__cause__, error.__context__, *parts):
+        if isinstance(other, BaseException):
+            yield from _told(other, seen)
+
+
+def _pattern(secrets: Iterable[str]) -> re.Pattern[str] | None:
+    shapes = {shape for secret in secrets for shape in _shapes(secret) if shape}
+    longest_first = sorted(shapes, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+
+
+def _shapes(secret: str) -> tuple[str, ...]:
+    """The secret as it is, and as URLs, JSON, HTML and tracebacks write it."""
+    return (
+        secret,
+        quote(secret, safe=""),
+        quote_plus(secret),
+        json.dumps(secret)[1:-1],
+        json.dumps(secret, ensure_ascii=False)[1:-1],
+        repr(secret)[1:-1],
+        html.escape(secret),
+    )
+
+
 def scrub(text: str, value: Any) -> str:
     """`text` without the secrets that `value` holds."""
-    for secret in sorted(secrets_in(value), key=len, reverse=True):
-        text = text.replace(secret, "***")
-    return text
+    return Mask(secrets_in(value))(text)
 
 
 def secrets_in(value: Any) -> Iterator[str]:
+    """Every secret in a block, or in any structure: by pydantic's secret types, whatever lies in them."""
     reveal = getattr(value, "get_secret_value", None)
     if callable(reveal):
-        secret = reveal()
-        text = secret.decode(errors="replace") if isinstance(secret, bytes) else str(secret)
-        if text:
-            yield text
+        yield from _leaves(reveal())
     elif isinstance(value, BaseModel):
         for name in type(value).model_fields:
             yield from secrets_in(getattr(value, name))
+        yield from secrets_in(value.model_extra or {})
     elif isinstance(value, Mapping):
         for part in cast(Mapping[Any, Any], value).values():
             yield from secrets_in(part)
-    elif isinstance(value, list | tuple):
+    elif isinstance(value, list | tuple | set | frozenset):
         for part in cast(list[Any], value):
             yield from secrets_in(part)
+
+
+def _leaves(secret: Any) -> Iterator[str]:
+    """The texts of a secret, which may be a structure."""
+    if isinstance(secret, bytes):
+        yield secret.decode(errors="replace")
+    elif isinstance(secret, BaseModel):
+        yield from _leaves(dict(secret))
+    elif isinstance(secret, Mapping):
+        for part in cast(Mapping[Any, Any], secret).values():
+            yield from _leaves(part)
+    elif isinstance(secret, list | tuple | set | frozenset):
+        for part in cast(list[Any], secret):
+            yield from _leaves(part)
+    elif callable(reveal := getattr(secret, "get_secret_value", None)):
+        yield from _leaves(reveal())
+    elif isinstance(secret, str):
+        yield secret
+    elif len(str(secret)) >= LEAST_CHARACTERS:  # a number, say; a short one is in every other text
+        yield str(secret)

@@ -7,7 +7,7 @@ from prefect_webapi.registry.entries import (
     default_registry,
     register,
 )
-from prefect_webapi.registry.living import Loaded, Metrics, Plugins, Time
+from prefect_webapi.registry.living import Loaded, Metrics, Plugins, Time, is_cancelled
 
 __all__ = [
     "ENTRY_POINT_GROUP",
@@ -20,5 +20,6 @@ __all__ = [
     "Time",
     "default_registry",
     "digest",
+    "is_cancelled",
     "register",
 ]

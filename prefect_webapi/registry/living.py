@@ -7,6 +7,7 @@ call has ended. Nothing here makes a remote call itself.
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import inspect
 import logging
@@ -35,11 +36,11 @@ from prefect_webapi.contract.errors import (
 from prefect_webapi.contract.faults import explain, validate
 from prefect_webapi.contract.handles import check_handle_type
 from prefect_webapi.contract.plugin import AsyncPlugin, Plugin, SyncPlugin
-from prefect_webapi.contract.secrecy import scrub
+from prefect_webapi.contract.secrecy import Mask, secrets_in
 from prefect_webapi.registry.connections import Connection, Connections, digest
 from prefect_webapi.registry.entries import AnyEntry, Registry
 
-__all__ = ["Loaded", "Metrics", "Plugins", "Time"]
+__all__ = ["Loaded", "Metrics", "Plugins", "Time", "is_cancelled"]
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,7 @@ class Loaded:
         config: what `get_config` said.
         settings: the block's, with the process's own where the block says nothing.
         endpoint: equal for connections of one address and credential: they share rate limits.
+        mask: takes the connection's secrets out of texts and data.
     """
 
     entry: AnyEntry
@@ -77,6 +79,7 @@ class Loaded:
     config: PluginConfig
     settings: EngineSettings
     endpoint: str
+    mask: Mask
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,7 +281,7 @@ class Plugins:
         raise error
 
     def _warn_once(self, loaded: Loaded, error: Exception) -> None:
-        told = f"{type(error).__name__}: {scrub(str(error), loaded.connection.value)}"
+        told = f"{type(error).__name__}: {loaded.mask(str(error))}"
         if self._trouble.get(_key(loaded)) != told:
             self._trouble[_key(loaded)] = told
             logger.warning(
@@ -295,21 +298,26 @@ class Plugins:
     async def _load(self, entry: AnyEntry, connection: Connection[Any]) -> Loaded:
         settings = self._settings(connection)
         setup = _Setup(connection.value, self._metrics.scope(entry.id))
+        mask = Mask(secrets_in(connection.value))
         plugin: Plugin | None = None
+        step = "plugin_loader"
         try:
             with anyio.fail_after(self._clock.real(settings.create_timeout.total_seconds())):
                 plugin = _checked_plugin(entry, await _settled(entry.plugin_loader(setup)))
+                step = "get_config"
                 config = _checked_config(entry, await _settled(plugin.get_config()))
             check_handle_type(plugin, config, settings)
         except BaseException as error:
             if plugin is not None:
-                await self._close(entry, plugin)
-            if isinstance(error, WebApiError) or not isinstance(error, Exception):
+                await self._close(entry, plugin, mask)
+            if is_cancelled(error) or (
+                isinstance(error, WebApiError) and not mask.is_told_by(error)
+            ):
                 raise
-            failure, tells_secrets = _loader_error(entry, connection, error)
+            failure, tells_secrets = _loader_error(entry, connection, step, error, mask)
             raise failure from (None if tells_secrets else error)
         endpoint = digest(connection.value, exclude=("engine", "settings"))
-        return Loaded(entry, connection, plugin, config, settings, endpoint)
+        return Loaded(entry, connection, plugin, config, settings, endpoint, mask)
 
     def _settings(self, connection: Connection[Any]) -> EngineSettings:
         value: object = connection.value
@@ -327,15 +335,18 @@ class Plugins:
             del self._calls[loaded]
             if loaded in self._retired:
                 self._retired.remove(loaded)
-                await self._close(loaded.entry, loaded.plugin)
+                await self._close(loaded.entry, loaded.plugin, loaded.mask)
 
-    async def _close(self, entry: AnyEntry, plugin: Plugin) -> None:
+    async def _close(self, entry: AnyEntry, plugin: Plugin, mask: Mask) -> None:
         about = {"plugin": entry.id}
         with anyio.move_on_after(_CLOSING_SECONDS, shield=True) as limit:
             try:
                 await plugin.aclose()
-            except Exception:
-                logger.warning("plugin %s failed to close", entry.id, extra=about, exc_info=True)
+            except BaseException as error:
+                if is_cancelled(error):
+                    raise
+                told = f"{type(error).__name__}: {mask(str(error))}"
+                logger.warning("plugin %s failed to close: %s", entry.id, told, extra=about)
         if limit.cancelled_caught:
             logger.warning("plugin %s took too long to close", entry.id, extra=about)
 
@@ -412,8 +423,16 @@ def _checked_config(entry: AnyEntry, config: Any) -> PluginConfig:
     return validate(type(config), config, subject=f"get_config of plugin {entry.id!r}")
 
 
+def is_cancelled(error: BaseException) -> bool:
+    """Whether this is the running task's own end; an author's code may raise `CancelledError` too, and worse."""
+    if isinstance(error, asyncio.CancelledError):
+        task = asyncio.current_task()
+        return task is not None and task.cancelling() > 0
+    return isinstance(error, GeneratorExit)
+
+
 def _loader_error(
-    entry: AnyEntry, connection: Connection[Any], error: Exception
+    entry: AnyEntry, connection: Connection[Any], step: str, error: BaseException, mask: Mask
 ) -> tuple[WebApiError, bool]:
     """Our error for a loader's own, and whether the original tells secrets."""
     if isinstance(error, ValidationError):
@@ -421,11 +440,10 @@ def _loader_error(
         model = next((_model(each) for each in known if each.__name__ == error.title), None)
         return explain(error, model, subject=f"plugin {entry.id!r} ({error.title})"), True
     words = "it took too long" if isinstance(error, TimeoutError) else str(error)
-    scrubbed = scrub(words, connection.value)
     failure = RemoteSystemError(
         f"plugin {entry.id!r} could not be loaded for connection {connection.name!r}: "
-        f"{type(error).__name__}: {scrubbed}",
+        f"{step}: {type(error).__name__}: {mask(words)}",
         code="PluginLoadFailed",
         job_may_exist=False,
     )
-    return failure, scrubbed != words
+    return failure, mask.is_told_by(error)

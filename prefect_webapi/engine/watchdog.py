@@ -1,0 +1,119 @@
+"""Notices when the engine's loop stands still, and names the plugin whose code holds it up.
+
+Whatever runs on the loop must not wait: one blocking call in a coroutine stops every job of the process. The loop notes
+some four times a second that it turns, a thread looks whether it has; only when it has not, the loop's stack is read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+import threading
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from prefect_webapi.contract.plugin import AsyncPlugin, PluginEntry, SyncPlugin
+from prefect_webapi.metrics import Metrics
+from prefect_webapi.registry import Loaded
+
+__all__ = ["BLOCKED_SECONDS", "watching"]
+
+logger = logging.getLogger(__name__)
+
+BLOCKED_SECONDS = 1.0
+"""A loop that has not turned for longer is blocked."""
+LOG_SECONDS = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Culprit:
+    """Whose code runs: a plugin's id and the method that the engine called. `where`: for people."""
+
+    plugin: str
+    method: str
+    where: str
+
+
+@contextmanager
+def watching(metrics: Metrics, *, limit: float = BLOCKED_SECONDS) -> Generator[None]:
+    """Watch over the running loop, which is this thread's, until the block ends. `limit` in seconds."""
+    loop, thread, over = asyncio.get_running_loop(), threading.get_ident(), threading.Event()
+    pause = limit / 4
+    turned = time.monotonic()
+
+    def turn() -> None:
+        nonlocal turned, timer
+        turned = time.monotonic()
+        timer = loop.call_later(pause, turn)
+
+    def watch() -> None:
+        told, silent_until, blocks = 0.0, 0.0, 0
+        while True:
+            slept = time.monotonic()
+            if over.wait(pause):
+                return
+            now, seen = time.monotonic(), turned
+            if now - slept > pause + limit / 2:
+                continue  # the whole process stood still
+            if now - seen <= limit or seen == told:
+                continue
+            told = seen
+            blocks += 1
+            culprit = _culprit(_stack_of(thread))
+            metrics.count("blocked_total", plugin=culprit.plugin, op=culprit.method)
+            if now >= silent_until:
+                silent_until = now + LOG_SECONDS
+                logger.warning(
+                    "the engine stands still: %s. No job of this process is looked after meanwhile. Let the method "
+                    "await, or make it a plain function, which gets a thread of its own (`status` may do neither)%s",
+                    culprit.where,
+                    f"; {blocks} times by now" if blocks > 1 else "",
+                    extra={"plugin": culprit.plugin},
+                )
+
+    timer: asyncio.Handle = loop.call_soon(turn)
+    watcher = threading.Thread(target=watch, name="prefect-webapi watchdog", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        timer.cancel()
+        watcher.join()
+
+
+def _stack_of(thread: int) -> list[FrameType]:
+    """What a thread is doing now, innermost first."""
+    frames = sys._current_frames()  # pyright: ignore[reportPrivateUsage] - documented, "for specialised purposes"
+    frame = frames.get(thread)
+    stack: list[FrameType] = []
+    while frame is not None:
+        stack.append(frame)
+        frame = frame.f_back
+    return stack
+
+
+def _culprit(stack: list[FrameType]) -> _Culprit:
+    """The engine's own frames know the plugin; the next one is the method that it called."""
+    if not stack:
+        return _Culprit("", "", "nobody knows where")
+    plugin, method = "", ""
+    for called in reversed(stack):
+        names = called.f_locals
+        for known in (names.get("loaded"), names.get("entry")):
+            if isinstance(known, Loaded):
+                plugin = known.entry.id
+            elif isinstance(known, PluginEntry):  # it is being loaded
+                plugin, method = known.id, "plugin_loader"
+        if isinstance(names.get("self"), AsyncPlugin | SyncPlugin):
+            method = called.f_code.co_name
+            break
+    where = f"line {stack[0].f_lineno} of {Path(stack[0].f_code.co_filename).name}"
+    if not method:
+        return _Culprit("", "", f"something blocks it in {where}")
+    return _Culprit(plugin, method, f"{method} of plugin {plugin!r} blocks it in {where}")
