@@ -11,7 +11,7 @@ import psutil
 
 from prefect_webapi.ledger.records import RuntimeRow
 
-__all__ = ["BEAT_EVERY", "is_alive", "this_process"]
+__all__ = ["BEAT_EVERY", "Pulse", "is_alive", "this_process"]
 
 BEAT_EVERY = timedelta(seconds=10)
 SILENT_AFTER = timedelta(seconds=30)
@@ -29,6 +29,19 @@ def this_process(now: datetime) -> RuntimeRow:
         started=now,
         last_beat=now,
     )
+
+
+class Pulse:
+    """When this process last told the ledger that it lives; by the wall clock, as others see it."""
+
+    __slots__ = ("last",)
+
+    def __init__(self) -> None:
+        self.last: datetime | None = None
+
+    def is_fresh(self, now: datetime) -> bool:
+        """Whether nobody can have taken this process for dead: it was neither asleep nor cut off for long."""
+        return self.last is not None and now - self.last < SILENT_AFTER - BEAT_EVERY
 
 
 def is_alive(row: RuntimeRow | None, *, me: RuntimeRow, now: datetime) -> bool:

@@ -103,6 +103,7 @@ class Runtime:
         await services.store.open()
         try:
             await services.store.beat(self._me)
+            services.pulse.last = self._me.last_beat
             sender, seen = anyio.create_memory_object_stream[Observation](OBSERVATIONS)
             async with sender, seen, services.quotas, anyio.create_task_group() as self._tasks:
                 self._channels = Channels(services, self._calls, self._tasks, sender.send)
@@ -304,6 +305,9 @@ class Runtime:
                 self._services.quotas.forget(slot)
             self._let_go(job)
             logger.info("job %s: another process took it over", job.record.key)
+            if job.ending is not None and job.calls:  # who wanted it to end still does
+                self._ended |= dict.fromkeys(calls, job.ending)
+                self._tasks.start_soon(self._note_wish, job.record.key, job.ending.reason)
             for call in calls:
                 self.admit(call)
         except LedgerError as error:
@@ -606,7 +610,9 @@ class Runtime:
             try:
                 if clock.monotonic() >= next_beat:
                     next_beat = clock.monotonic() + BEAT_EVERY.total_seconds()
-                    await self._services.store.beat(replace(self._me, last_beat=clock.now()))
+                    beat = replace(self._me, last_beat=clock.now())
+                    await self._services.store.beat(beat)
+                    self._services.pulse.last = beat.last_beat
                 for record in await self._services.store.cancels_asked(self._me.id):
                     job = self._jobs.get(record.key)
                     if job is not None and record.cancel_reason:

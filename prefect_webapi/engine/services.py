@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from prefect_webapi.clock import Clock
+from prefect_webapi.engine.liveness import Pulse
 from prefect_webapi.engine.request import OutputStore, Secrets
 from prefect_webapi.ledger.store import Store
 from prefect_webapi.limiter import Gates
@@ -21,6 +22,7 @@ class Services:
 
     Attributes:
         runtime_id: names this process.
+        pulse: tells whether our jobs can be somebody else's by now.
         owns_limits: everybody who uses our quotas' limits shares this ledger, so that slots which it
             does not know have leaked.
     """
@@ -34,4 +36,5 @@ class Services:
     secrets: Secrets
     outputs: OutputStore
     metrics: Metrics
+    pulse: Pulse = field(default_factory=Pulse)
     owns_limits: bool = False

@@ -197,6 +197,7 @@ async def _create(services: Services, calls: Calls, job: Job, *, unsent: bool) -
         if job.record.state is not JobState.CREATING or tries > 1:
             await persist(services, job, Event.SENDING, tries=tries)
         fault_point("KP-06")
+        await _be_sure(services, job, tries)
         try:
             made = await calls.create(loaded, job.view)
         except RemoteError as error:
@@ -247,6 +248,16 @@ async def _create(services: Services, calls: Calls, job: Job, *, unsent: bool) -
         else:
             fault_point("KP-08")
             return await _adopt(services, calls, job, made)
+
+
+async def _be_sure(services: Services, job: Job, tries: int) -> None:
+    """Ask the ledger once more whether the job is ours, if another process may have taken us for dead.
+
+    Raises:
+        LedgerConflict: it did; nothing was sent.
+    """
+    if not services.pulse.is_fresh(services.clock.now()):
+        await persist(services, job, Event.SENDING, tries=tries)
 
 
 async def _note_stuck(services: Services, job: Job, info: PhaseInfo) -> None:
@@ -385,6 +396,7 @@ async def _do(services: Services, calls: Calls, job: Job, *, unsent: bool) -> Su
         if job.record.state is not JobState.CREATING or tries > 1:
             await persist(services, job, Event.SENDING, tries=tries)
         fault_point("KP-38")
+        await _be_sure(services, job, tries)
         try:
             answer: list[PhaseInfo] = []
             wanted = await job.unless_ending(partial(_send, calls, job, answer), sends=True)

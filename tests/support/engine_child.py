@@ -10,16 +10,21 @@ import logging
 import multiprocessing
 import os
 import signal
+import socket
+import threading
 from collections.abc import Generator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
+
 from prefect_webapi._prefect.slots import PrefectSlots
 from prefect_webapi.contract.keys import JobKey
-from prefect_webapi.engine.faults import fault_point
+from prefect_webapi.engine.faults import arm, fault_point
 from prefect_webapi.engine.host import Host
 from prefect_webapi.engine.request import Outcome
 from prefect_webapi.testing import EmbeddedJobServer
@@ -79,6 +84,8 @@ class Work:
         cancel: cancel each call as soon as it is there: waiting for a place, create at the server, or beyond.
         max_attempts: a failure that may be retried is tried again, as Prefect does.
         die_at: `KP-nn[:n]`.
+        stop_at: `KP-nn`, where it stops once until it gets SIGCONT.
+        machine: the name of its host; None: this one's.
         prefect: where slots are taken; None: each process has slots of its own.
     """
 
@@ -94,6 +101,8 @@ class Work:
     cancel: Literal["WAITING", "CREATING", "CREATED"] | None = None
     max_attempts: int = 1
     die_at: str | None = None
+    stop_at: str | None = None
+    machine: str | None = None
     prefect: PrefectServer | None = None
 
 
@@ -170,6 +179,10 @@ def _live(sender: Connection, work: Work) -> None:
     logging.basicConfig(filename=_log_of(work), level=logging.INFO)
     if work.die_at is not None:
         die_at(work.die_at)
+    if work.stop_at is not None:
+        _stop_once_at(work.stop_at)
+    if work.machine is not None:
+        setattr(socket, "gethostname", partial(str, work.machine))  # noqa: B010 - for this process
 
     async def one(host: Host, nth: int) -> None:
         sender.send(await carry_out(work, host, nth))
@@ -180,6 +193,17 @@ def _live(sender: Connection, work: Work) -> None:
     with hosted(work) as host:
         asyncio.run(everything(host))
     sender.close()
+
+
+def _stop_once_at(place: str) -> None:
+    def passing(here: str) -> None:
+        if here == place:
+            arm(None)
+            signal.pthread_kill(
+                threading.get_ident(), signal.SIGSTOP
+            )  # before it does anything else
+
+    arm(passing)
 
 
 def _log_of(work: Work) -> Path:
@@ -203,6 +227,10 @@ class Child:
 
     def signal(self, number: signal.Signals) -> None:
         os.kill(self.pid, number)
+
+    @property
+    def is_stopped(self) -> bool:
+        return psutil.Process(self.pid).status() == psutil.STATUS_STOPPED
 
     def said(self, words: str) -> int:
         """How often these words are in its log."""
