@@ -39,7 +39,7 @@ __all__ = ["PREFIX", "WebApiSettings"]
 
 PREFIX = "PREFECT_INTEGRATIONS_WEBAPI_"
 
-_LEDGERS = ("sqlite+aiosqlite", "postgresql+asyncpg")
+_LEDGERS = ("sqlite", "sqlite+aiosqlite", "postgresql", "postgresql+asyncpg")
 
 
 def _ledger_beside_prefect() -> SecretStr:
@@ -69,7 +69,7 @@ class WebApiSettings(EngineFields, PrefectBaseSettings):
 
     ledger_url: SecretStr = Field(
         default_factory=_ledger_beside_prefect,
-        description="Where jobs are remembered; sqlite+aiosqlite or postgresql+asyncpg.",
+        description="Where jobs are remembered: sqlite:////path/of/file.db or postgresql://user@host/database.",
     )
     run_key: Annotated[str | None, BeforeValidator(_off)] = Field(
         default=None,
@@ -131,6 +131,11 @@ class WebApiSettings(EngineFields, PrefectBaseSettings):
             for name in EngineFields.model_fields
             if name in self.model_fields_set
         }
+
+    @property
+    def names_ledger(self) -> bool:
+        """Whether somebody said where the ledger is."""
+        return "ledger_url" in self.model_fields_set
 
     @property
     def shown_ledger_url(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import signal
 import threading
@@ -11,6 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from prefect.context import FlowRunContext
+
 from prefect_webapi._prefect.options import Options
 from prefect_webapi._prefect.reports import Display
 from prefect_webapi._prefect.watch import Watch
@@ -18,7 +21,10 @@ from prefect_webapi._prefect.watch import Watch
 if TYPE_CHECKING:  # the engine itself is loaded by the first job
     from prefect_webapi.engine.host import HostApi
 
-__all__ = ["Engine", "close", "instead", "listen", "signal_since", "start", "started"]
+__all__ = ["Engine", "close", "instead", "listen", "signal_since", "start", "started", "tell_reach"]
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +120,7 @@ def instead(made: Engine) -> Generator[None]:
 
 def _make(options: Options, watch: Watch) -> tuple[Engine, Callable[[], None]]:
     """The one place where the engine meets its adapters."""
+    tell_reach(options)
     from prefect_webapi._prefect.runtime import make_runtime
     from prefect_webapi.engine.host import Host
 
@@ -122,3 +129,17 @@ def _make(options: Options, watch: Watch) -> tuple[Engine, Callable[[], None]]:
     host = Host(lambda: make_runtime(options, display, lambda api: watch.run(api, every)))
     host._start()  # pyright: ignore[reportPrivateUsage] # here, so that it is off the flow's loop
     return Engine(host, display, watch, options.run_key), host.close
+
+
+def tell_reach(options: Options) -> None:
+    """Say that other machines don't see our ledger, where a work pool may use several and nobody chose one."""
+    context = FlowRunContext.get()
+    pool = context.flow_run.work_pool_name if context and context.flow_run else None
+    if pool is not None and not options.names_ledger:
+        logger.warning(
+            "This flow run comes from work pool %r, and its jobs are remembered in a file of this machine. If the pool "
+            "runs flows on several machines or in containers, each counts quotas for itself, and a run that starts "
+            "again elsewhere does not find its jobs. Name one Postgres for all in "
+            "PREFECT_INTEGRATIONS_WEBAPI_LEDGER_URL, or this machine's file if there is no other machine.",
+            pool,
+        )
