@@ -21,7 +21,8 @@ from prefect_webapi.ledger.records import Details, Draft, JobState, Move, MoveRe
 from prefect_webapi.ledger.sql import SqlStore
 from prefect_webapi.ledger.store import Store
 
-__all__ = ["another_store", "draft_for", "ledger_of", "moved", "sqlite_url"]
+__all__ = ["another_store", "draft_for", "ledger_of", "moved", "name_ledger"]
+__all__ += ["sqlite_url"]
 
 
 class PostgresServer(Protocol):
@@ -43,6 +44,11 @@ def ledger_of(folder: Path) -> str:
     """URL of the ledger that the engines of a test's folder share, in whichever process: see `each_ledger`."""
     named = folder / _NAMED
     return named.read_text() if named.exists() else sqlite_url(folder / "webapi.db")
+
+
+def name_ledger(folder: Path, url: str) -> None:
+    """Have the engines of a test's folder use this ledger."""
+    (folder / _NAMED).write_text(url)
 
 
 @pytest.fixture(scope="session")
@@ -86,7 +92,7 @@ def ledger_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 def each_ledger(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """Has the engines of `tmp_path` run on SQLite, and under `-m chaos` on Postgres too; returns the URL."""
     if request.param == "postgres":
-        (tmp_path / _NAMED).write_text(request.getfixturevalue("postgres_url"))
+        name_ledger(tmp_path, request.getfixturevalue("postgres_url"))
     return ledger_of(tmp_path)
 
 
