@@ -6,6 +6,7 @@ import asyncio
 import json
 import sqlite3
 import tempfile
+import time
 from collections.abc import AsyncGenerator, Generator
 from contextlib import asynccontextmanager, closing, contextmanager
 from datetime import UTC, datetime
@@ -18,9 +19,14 @@ from sqlalchemy import make_url
 from prefect_webapi.contract.keys import JobKey
 from prefect_webapi.ledger.records import JobState, Move, MoveResult, QuotaRow
 from prefect_webapi.ledger.sql import SqlStore
+from prefect_webapi.testing import EmbeddedJobServer
+from prefect_webapi_jobserver import ReportJob
 from tests.ledger.processes import begin, start_worker, told_by
 from tests.ledger.raw import raw
+from tests.support.engine_child import Work, child
 from tests.support.ledger import another_store, draft_for, moved, sqlite_url
+from tests.support.waiting import eventually
+from tests.support.witness import records
 
 ORDER = [JobState.CREATING, JobState.CREATED, JobState.OVER, JobState.CLOSED]
 
@@ -227,3 +233,28 @@ async def test_a_disk_that_takes_no_more_is_told_and_the_store_works_on_after(
     made, records = after
     assert made
     assert written + 1 <= records <= written + 1 + refused  # the end of the refused ones is unknown
+
+
+@pytest.mark.chaos
+async def test_a_job_whose_handle_finds_no_room_on_the_disk_is_ended(
+    job_server: EmbeddedJobServer, tmp_path: Path
+) -> None:
+    """CASE-205, KP-35: the disk is full when create answers, and stays so for longer than two minutes."""
+    work = Work(
+        folder=tmp_path,
+        server=job_server.url,
+        specs=(ReportJob(outcome="never"),),
+        speed=20,
+        epoch=time.time(),
+        full_at="KP-08",
+    )
+    with child(work) as process:
+        await eventually(lambda: job_server.stats().created, within=60)
+        assert process.ends() == []
+        assert process.code == 1  # the call has failed
+    assert len(job_server.log("create")) == len(job_server.log("delete")) == 1
+    assert job_server.stats().live == 0
+    [job] = job_server.jobs()
+    assert job.message == "its handle could not be written to the ledger"
+    [record] = await records(tmp_path)
+    assert record.state is JobState.CREATING

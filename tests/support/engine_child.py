@@ -9,6 +9,7 @@ import asyncio
 import logging
 import multiprocessing
 import os
+import resource
 import signal
 import socket
 import threading
@@ -85,6 +86,7 @@ class Work:
         max_attempts: a failure that may be retried is tried again, as Prefect does.
         die_at: `KP-nn[:n]`.
         stop_at: `KP-nn`, where it stops once until it gets SIGCONT.
+        full_at: `KP-nn`, from where on no file of its takes another byte.
         machine: the name of its host; None: this one's.
         prefect: where slots are taken; None: each process has slots of its own.
     """
@@ -102,6 +104,7 @@ class Work:
     max_attempts: int = 1
     die_at: str | None = None
     stop_at: str | None = None
+    full_at: str | None = None
     machine: str | None = None
     prefect: PrefectServer | None = None
 
@@ -181,6 +184,8 @@ def _live(sender: Connection, work: Work) -> None:
         die_at(work.die_at)
     if work.stop_at is not None:
         _stop_once_at(work.stop_at)
+    if work.full_at is not None:
+        _no_room_from(work.full_at)
     if work.machine is not None:
         setattr(socket, "gethostname", partial(str, work.machine))  # noqa: B010 - for this process
 
@@ -202,6 +207,15 @@ def _stop_once_at(place: str) -> None:
             signal.pthread_kill(
                 threading.get_ident(), signal.SIGSTOP
             )  # before it does anything else
+
+    arm(passing)
+
+
+def _no_room_from(place: str) -> None:
+    def passing(here: str) -> None:
+        if here == place:
+            _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
 
     arm(passing)
 
