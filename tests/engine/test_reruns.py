@@ -19,6 +19,8 @@ from tests.support.ledger import another_store, ledger_of
 from tests.support.plugins import SinglePlugin, entry
 from tests.support.waiting import eventually
 
+pytestmark = pytest.mark.usefixtures("each_ledger")
+
 SPEC = ReportJob(seconds=0.1, result="once")
 
 
