@@ -765,17 +765,28 @@ def test_halves_are_never_held_so_crossing_wishes_end() -> None:
 
 
 def test_a_freed_place_is_seen_at_once_by_all_who_wait_for_one_of_its_limits() -> None:
-    """CASE-135, REQ-76: two heavy jobs end; the first of each queue starts."""
+    """CASE-135, REQ-76: two heavy jobs end; the first of each queue starts, each as soon as it is its turn."""
 
     async def scenario() -> None:
         server = Server()
         loop = asyncio.get_running_loop()
         started: list[float] = []
+        line: list[tuple[str, ...]] = []
         freed = 0.0
 
         async def job(*names: str) -> None:
-            await take_of(quotas, *names)
+            async def turn(_: bool) -> bool:
+                return line[0] == names
+
+            line.append(names)
+            await quotas.acquire(
+                names, weight=1, holder="", admit=leave_line, waiting=nobody_listens, turn=turn
+            )
             started.append(loop.time())
+
+        async def leave_line(lease: SlotLease) -> bool:
+            del line[0]
+            return True
 
         async with open_constrained(server) as quotas:
             held = [await take_of(quotas, NAME, weight=5) for _ in range(2)]
