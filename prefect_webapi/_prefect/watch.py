@@ -24,6 +24,7 @@ from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.context import FlowRunContext
+from prefect.utilities import engine as prefects_engine
 
 from prefect_webapi._prefect.causes import LEAVING_INTENTS, control_intent, reason_of
 from prefect_webapi.contract.errors import WebApiError
@@ -135,10 +136,14 @@ class Watch:
         """
         if threading.current_thread() is not threading.main_thread():
             return
-        for number in SIGNALS:
-            present = signal.getsignal(number)
-            if callable(present) and not isinstance(present, _Chained):
-                signal.signal(number, _Chained(self, present))
+        with prefects_engine._prefect_sigterm_bridge_lock:  # pyright: ignore[reportPrivateUsage] # see `_bridge`
+            for number in SIGNALS:
+                present = signal.getsignal(number)
+                if callable(present) and not _is_ours(present, self):
+                    chained = _Chained(self, present)
+                    if present is _bridge():
+                        prefects_engine._prefect_sigterm_handler = chained  # pyright: ignore[reportPrivateUsage] # see `_bridge`
+                    signal.signal(number, chained)
 
     def heard(self, number: int) -> None:
         self._signal = signal.Signals(number)
@@ -234,9 +239,23 @@ class _Chained:
     """A signal handler that makes a note and then lets the former one act."""
 
     def __init__(self, watch: Watch, former: Any) -> None:
-        self._watch = watch
+        self.watch = watch
         self._former = cast(Handler, former)
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        self._watch.heard(number)  # first: Prefect's handler raises inside whatever happens to run
+        self.watch.heard(number)  # first: Prefect's handler raises inside whatever happens to run
         self._former(number, frame)
+
+
+def _is_ours(handler: Any, watch: Watch) -> bool:
+    return isinstance(handler, _Chained) and handler.watch is watch
+
+
+def _bridge() -> Any:
+    """Prefect's own SIGTERM handler.
+
+    `prefect.utilities.engine._prefect_sigterm_handler` is private. A flow process tells its runner that it has
+    understood "cancel" or "reschedule" only while this very object is the handler; else the runner takes the run for
+    crashed, or kills it. So ours takes its place under that name too.
+    """
+    return prefects_engine._prefect_sigterm_handler  # pyright: ignore[reportPrivateUsage] # see above

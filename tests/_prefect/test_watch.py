@@ -73,6 +73,30 @@ def test_prefects_control_listener_tells_an_intent() -> None:
     assert {"cancel", "reschedule", "relinquish"} >= set(attempt_control.INTENT_FOR_BYTE.values())
 
 
+def test_prefect_still_knows_its_sigterm_handler_after_we_listen() -> None:
+    """The private `prefect.utilities.engine._prefect_sigterm_handler`: without it a runner's cancel is a crash."""
+    from prefect.utilities.engine import (
+        can_ack_control_intent,
+        capture_sigterm,
+        is_prefect_sigterm_handler_installed,
+    )
+
+    sent_again: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: sent_again.append(number))
+    watch = Watch()
+    try:
+        for _ in range(2):
+            with pytest.raises(TerminationSignal), capture_sigterm():  # noqa: PT012 - its handler is there inside
+                watch.listen()
+                assert is_prefect_sigterm_handler_installed()
+                assert can_ack_control_intent()
+                signal.raise_signal(signal.SIGTERM)
+            assert watch.signal_since(0) is signal.SIGTERM
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert sent_again == [signal.SIGTERM] * 2
+
+
 def test_a_flow_context_has_a_request_for_suspension() -> None:
     """The undocumented `FlowRunContext.flow_run_suspension_request`."""
     assert "flow_run_suspension_request" in FlowRunContext.model_fields
