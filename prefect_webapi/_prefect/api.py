@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Awaitable, Callable
 from typing import Self, TypeVar
 
@@ -11,10 +12,12 @@ import anyio.to_thread
 import stamina
 from prefect.client.orchestration import PrefectClient, get_client
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
+from prefect.settings import PREFECT_API_URL
 
 from prefect_webapi.contract.errors import RemoteSystemError
+from prefect_webapi.contract.secrecy import mask_url
 
-__all__ = ["Api", "PrefectUnavailable"]
+__all__ = ["Api", "PrefectUnavailable", "api_address", "told_by"]
 
 T = TypeVar("T")
 
@@ -27,9 +30,9 @@ class PrefectUnavailable(RemoteSystemError):
     """Prefect's API did not answer. No job was made for it."""
 
     def __init__(self, what: str, error: BaseException) -> None:
-        told = "no answer in time" if isinstance(error, TimeoutError) else type(error).__name__
         super().__init__(
-            f"Prefect's API can't be used to {what}: {told}. Is the server up, and PREFECT_API_URL right?",
+            f"Prefect's API at {api_address()} can't be used to {what}: {told_by(error)}. Is the server up "
+            "(`prefect server start`), and PREFECT_API_URL right (`prefect config view`)?",
             code="PrefectUnavailable",
             job_may_exist=False,
         )
@@ -77,9 +80,9 @@ class Api:
             raise
         except PrefectHTTPStatusError as error:
             refused = error.response.status_code < 500
-            raise (_Refused if refused else PrefectUnavailable)(what, error) from error
-        except Exception as error:  # what Prefect's client and its transport raise is not ours
-            raise PrefectUnavailable(what, error) from error
+            raise (_Refused if refused else PrefectUnavailable)(what, error) from None
+        except Exception as error:  # noqa: BLE001 - raised as ours; theirs shows the address with its password
+            raise PrefectUnavailable(what, error) from None
 
     async def _opened(self) -> PrefectClient:
         if self._client is None:
@@ -89,6 +92,24 @@ class Api:
                     client = await anyio.to_thread.run_sync(get_client)
                     self._client = await client.__aenter__()
         return self._client
+
+
+def api_address() -> str:
+    """Where this process looks for Prefect's API, without credentials."""
+    url = PREFECT_API_URL.value()
+    return _without_credentials(str(url)) if url else "(a server of this process's own)"
+
+
+def told_by(error: BaseException) -> str:
+    """What kind of failure it was, and what it says, without credentials."""
+    if isinstance(error, TimeoutError):
+        return "no answer in time"
+    said = _without_credentials(str(error)).partition("\n")[0].rstrip(".")
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+
+
+def _without_credentials(text: str) -> str:
+    return mask_url(re.sub(r"(?<=://)[^/?#\s]*@", "", text))
 
 
 def _may_be_asked_again(error: Exception) -> bool:

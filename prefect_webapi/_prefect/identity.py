@@ -21,6 +21,7 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun, State, StateType, TaskRun
 from prefect.context import ContextModel, FlowRunContext, TaskRunContext
 
+from prefect_webapi._prefect.api import api_address, told_by
 from prefect_webapi.contract.errors import WebApiError
 from prefect_webapi.engine.request import Caller
 
@@ -45,7 +46,8 @@ def run_key(key: str) -> Generator[None]:
     """Let a second start of a script meet the jobs of the first: calls inside use this run key.
 
     The root flow's name is part of the key. Two starts alive at once under one key share their jobs.
-    It reaches tasks that are called or submitted inside, not those sent away with `.delay`.
+    It reaches tasks that are called or submitted inside. A task worker is another process, which it does not
+    reach: `.delay` inside is refused, unless the task has an `idempotency_key`.
     """
     if not key:
         raise ValueError("run_key is empty; give a text that names this run, for example a date")
@@ -247,11 +249,11 @@ def _ask(question: Callable[[SyncPrefectClient], AnswerT]) -> AnswerT:
     try:
         with get_client(sync_client=True) as client:
             return question(client)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - raised as ours; theirs shows the address with its password
         raise WebApiError(
-            "Prefect's API did not say which flow runs this call stands in, so its job can't be told "
-            f"from others and none is made: {error}"
-        ) from error
+            f"Prefect's API at {api_address()} did not say which flow runs this call stands in, so its job can't "
+            f"be told from others and none is made: {told_by(error)}"
+        ) from None
 
 
 # --- the caller ----------------------------------------------------------------------------------------
