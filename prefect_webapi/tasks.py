@@ -10,7 +10,7 @@ import functools
 import inspect
 from collections.abc import Callable, Coroutine, Iterable
 from copy import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import (
     TYPE_CHECKING,
@@ -49,7 +49,7 @@ from prefect.utilities.annotations import NotSet
 
 from prefect_webapi._prefect import service
 from prefect_webapi._prefect.body import Job, Unsaved, run_async, run_sync
-from prefect_webapi._prefect.identity import chain_here, run_key
+from prefect_webapi._prefect.identity import chain_here, given_run_key, run_key
 from prefect_webapi._prefect.options import Options
 from prefect_webapi.contract.errors import ConfigurationError, WebApiError
 from prefect_webapi.contract.task import JobSpec
@@ -130,6 +130,24 @@ class JobOptions(TaskOptions, total=False):
 _OURS = frozenset(JobOptions.__annotations__) - frozenset(TaskOptions.__annotations__)
 
 
+@dataclass
+class OwnRun(CachePolicy):
+    """A persisted result serves its own task run and no other.
+
+    Stands in for NO_CACHE, in whose place a task worker puts INPUTS + TASK_SOURCE + RUN_ID: by that, the second of two
+    equal calls delayed in one flow run would be given the first one's result.
+    """
+
+    def compute_key(
+        self,
+        task_ctx: TaskRunContext,
+        inputs: dict[str, Any],
+        flow_parameters: dict[str, Any],
+        **kwargs: Any,
+    ) -> str | None:
+        return str(task_ctx.task_run.id) if task_ctx.persist_result else None
+
+
 class RemoteTask(Task[P, O], Generic[P, O]):
     """A task whose work is a remote job.
 
@@ -146,6 +164,7 @@ class RemoteTask(Task[P, O], Generic[P, O]):
         if "cache_policy" not in options and "cache_key_fn" not in options:
             options["cache_policy"] = NO_CACHE  # the ledger is the memory
         super().__init__(fn, retry_condition_fn=retry_condition(own), **options)
+        self._keep_results_apart()
 
     def with_options(  # pyright: ignore[reportIncompatibleMethodOverride] # the same options, and ours
         self, **options: Unpack[JobOptions]
@@ -170,7 +189,12 @@ class RemoteTask(Task[P, O], Generic[P, O]):
         task = copy(self)
         task.__dict__.update(changed.__dict__)
         task.job = _with(self.job, ours)
+        task._keep_results_apart()
         return task
+
+    def _keep_results_apart(self) -> None:
+        if self.cache_policy == NO_CACHE:
+            self.cache_policy = OwnRun()
 
     @overload
     def submit(
@@ -219,6 +243,21 @@ class RemoteTask(Task[P, O], Generic[P, O]):
         def map(self, *args: Any, **kwargs: Any) -> Any:
             """Submit one run per element, as Prefect does; returns the futures."""
             return Task.map(self._carrying_chain(), *args, **kwargs)
+
+        def apply_async(self, *args: Any, **kwargs: Any) -> Any:
+            """Schedule a run for a task worker, as Prefect does (`delay` is short for it); returns a future.
+
+            Raises:
+                ConfigurationError: inside `run_key(...)`, which does not reach another process, without an
+                    `idempotency_key` on the task.
+            """
+            if given_run_key() is not None and self.job.idempotency_key is None:
+                raise ConfigurationError(
+                    f"run_key({given_run_key()!r}) does not reach task {self.name!r}, which runs in a task worker: a "
+                    "second start would not meet its job. Name the job with "
+                    "with_options(idempotency_key=...), or delay it outside of run_key."
+                )
+            return super().apply_async(*args, **kwargs)
 
         def __call__(
             self, *args: Any, return_state: bool = False, wait_for: Any = None, **kwargs: Any

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import pickle
 import signal
 import threading
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
+from uuid import uuid4
 
 import anyio
 import cloudpickle  # pyright: ignore[reportMissingTypeStubs] # it has none
 import pytest
 from prefect import flow, task
 from prefect.cache_policies import INPUTS, NO_CACHE
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import TaskRunFilter, TaskRunFilterName
 from prefect.client.schemas.objects import State, StateType, TaskRun
 from prefect.context import TaskRunContext
 from prefect.exceptions import CancelledRun
@@ -38,7 +42,7 @@ from prefect_webapi import (
     webapi_task,
 )
 from prefect_webapi._prefect import service
-from prefect_webapi.tasks import may_help, retry_condition
+from prefect_webapi.tasks import OwnRun, may_help, retry_condition
 from prefect_webapi.testing import EmbeddedJobServer
 from prefect_webapi_jobserver import JobServer, Report, ReportJob
 from tests.support.jobserver import TOKEN
@@ -242,6 +246,82 @@ def test_the_description_runs_once_per_attempt_and_can_be_tested_by_itself(
     with pytest.raises(JobFailed):
         build(4)
     assert calls == [3, 4, 4]
+
+
+ENDS: dict[str, tuple[dict[str, Any], str, str, int, type[Exception] | None]] = {
+    "success": ({"seconds": 0.1, "result": 1}, "Completed", "ended at", 1, None),
+    "failure": (
+        {"seconds": 0.1, "outcome": "fail", "message": "no figures"},
+        *("RetryableFailure", "no figures", 1, JobFailed),
+    ),
+    "retried": ({"seconds": 0.1, "outcome": "fail-first"}, "Completed", "ended at", 2, None),
+    "cancel": ({"outcome": "never"}, "Cancelled", "the operator said so", 1, CancelledRun),
+}
+"""What is asked of the service; the state's name, a part of its message, the run count; what is raised."""
+
+
+@prefect_leaks
+@pytest.mark.parametrize("form", ["await", "call", "submit", "map", "outside", "await outside"])
+def test_each_form_of_call_ends_as_its_job_does(
+    connection: JobServer, job_server: EmbeddedJobServer, form: str
+) -> None:
+    """CASE-091, CASE-105, CASE-265, CASE-266: states as Prefect's API has them, and what the caller gets."""
+    prefix = f"{form} {uuid4().hex[:6]}"
+    make = task_for if form.startswith("await") else sync_task_for
+
+    def called(end: str) -> Any:
+        spec = {"kind": form, **ENDS[end][0]}
+        one: Any = make(
+            "job-server",
+            ReportJob,
+            name=f"{prefix} {end}",
+            connection=connection,
+            retries=1 if end == "retried" else 0,
+        )
+        match form:
+            case "submit":
+                return one.submit(**spec).result()
+            case "map":
+                return one.map(day=[1], **spec).result()[0]
+            case _:
+                return one(**spec)
+
+    async def awaited(end: str) -> Any:
+        return await called(end)
+
+    def run(end: str) -> Any:
+        function: Any = awaited if form.startswith("await") else called
+        entry: Any = function if "outside" in form else flow(function)
+        ended: Any = entry(end)
+        return asyncio.run(ended) if inspect.iscoroutine(ended) else ended
+
+    for end, (_, _, _, _, raises) in ENDS.items():
+        with ExitStack() as around:
+            if end == "cancel":
+                around.enter_context(stopped_by_operator(job_server))
+            if raises is not None:
+                around.enter_context(pytest.raises(raises))
+            assert isinstance(run(end), Report)
+
+    def told() -> dict[str, TaskRun] | None:
+        with get_client(sync_client=True) as client:
+            mine = TaskRunFilter(name=TaskRunFilterName(like_=prefix))
+            runs = client.read_task_runs(task_run_filter=mine)
+        is_told = len(runs) == len(ENDS) and all(r.state and r.state.is_final() for r in runs)
+        return (
+            {r.name.removeprefix(prefix).split("-")[0].strip(): r for r in runs}
+            if is_told
+            else None
+        )
+
+    runs = eventually_blocking(told, within=30, every=0.1)
+    assert runs is not None
+    for end, (_, name, message, count, _) in ENDS.items():
+        state = runs[end].state
+        assert state is not None
+        assert (end, state.name, runs[end].run_count) == (end, name, count)
+        assert message in (state.message or "")
+    assert job_server.stats().created == 5
 
 
 # --- identity -------------------------------------------------------------------------------------------
@@ -493,7 +573,9 @@ def test_results_are_not_cached_unless_the_user_says_so(
 ) -> None:
     """CASE-283."""
     plain = task_for("job-server", ReportJob)
-    assert plain.cache_policy == NO_CACHE
+    for each in (plain, plain.with_options(cache_policy=NO_CACHE), plain.with_options(retries=1)):
+        assert each.cache_policy == OwnRun()
+        assert not each.persist_result
     assert plain.with_options(cache_policy=INPUTS).cache_policy == INPUTS
     keyed = plain.with_options(cache_key_fn=lambda context, inputs: "key")
     assert keyed.cache_policy not in (NO_CACHE, None)

@@ -7,16 +7,23 @@ deadline, or left on purpose, before the task ends.
 from __future__ import annotations
 
 import inspect
+import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, cast
+from uuid import uuid4
 
 import anyio
 import anyio.to_thread
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.context import TaskRunContext
+from prefect.results import (
+    ResultRecord,  # pyright: ignore[reportPrivateImportUsage] # it is in Prefect's own docs
+    get_result_store,
+)
 from prefect.states import Crashed
 from prefect.transactions import get_transaction
 from pydantic import BaseModel, ValidationError
@@ -37,6 +44,9 @@ if TYPE_CHECKING:  # the engine itself is loaded by the first job
 
 __all__ = ["Job", "Unsaved", "run_async", "run_sync"]
 
+logger = logging.getLogger(__name__)
+
+STORE_SECONDS = 5.0
 CANCEL_SECONDS = 25.0
 """Longest wait for the end of a cancelled job: a worker kills the process 30 s after it asked."""
 
@@ -121,13 +131,13 @@ async def run_async(
         try:
             engine = service.started() or await anyio.to_thread.run_sync(service.start, load)
             call = _admit(job, spec, context, engine)
-            return _state(await call.ticket.outcome())
+            return await _told(states.ending(await call.ticket.outcome()))
         except INTERRUPTS as interrupt:
             cause = _interrupted(call, interrupt, began)
             outcome = await _until_stopped(call) if call and not cause.leaves_job else None
-            return _interrupted_end(call, cause, outcome, interrupt)
+            return await _told(_interrupted_end(call, cause, outcome, interrupt))
     except EngineClosed as error:
-        return _left(error)
+        return await _told(_left(error))
     finally:
         if call is not None:
             call.close()
@@ -150,13 +160,13 @@ def run_sync(
     try:
         try:
             call = _admit(job, spec, context, service.start(load))
-            return _state(call.ticket.outcome_blocking())
+            return _told_blocking(states.ending(call.ticket.outcome_blocking()))
         except INTERRUPTS as interrupt:
             cause = _interrupted(call, interrupt, began)
             outcome = _until_stopped_blocking(call) if call and not cause.leaves_job else None
-            return _interrupted_end(call, cause, outcome, interrupt)
+            return _told_blocking(_interrupted_end(call, cause, outcome, interrupt))
     except EngineClosed as error:
-        return _left(error)
+        return _told_blocking(_left(error))
     finally:
         if call is not None:
             call.close()
@@ -224,23 +234,49 @@ def _inputs(context: TaskRunContext) -> dict[str, Any]:
     }
 
 
-def _state(outcome: Outcome) -> State[Any]:
-    state = states.ending(outcome)
-    if not state.is_completed():
-        _keep_out_of_caches()
-    return state
-
-
 def _left(error: EngineClosed) -> State[Any]:
-    _keep_out_of_caches()
     return Crashed(message=str(error), data=error)
 
 
-def _keep_out_of_caches() -> None:
-    """Prefect would store the data of a Crashed or Cancelled state as the result of a cache key."""
+async def _told(state: State[Any]) -> State[Any]:
+    """The end as Prefect gets it; it may be read in another process where results are persisted."""
+    record = _apart(state)
+    if record is not None:
+        with anyio.move_on_after(STORE_SECONDS, shield=True), _not_vital():
+            await get_result_store().apersist_result_record(record)
+    return state
+
+
+def _told_blocking(state: State[Any]) -> State[Any]:
+    record = _apart(state)
+    if record is not None:
+        with _not_vital():
+            get_result_store().persist_result_record(record)
+    return state
+
+
+def _apart(state: State[Any]) -> ResultRecord[Any] | None:
+    """What a Crashed or Cancelled state holds, under a key of its own; None: Prefect keeps it rightly, or not at all.
+
+    Prefect would store it as the result of the task's cache key, and hand it out as Completed from then on.
+    """
     transaction = get_transaction()
-    if transaction is not None:
-        transaction.write_on_commit = False
+    if not (state.is_crashed() or state.is_cancelled()) or transaction is None:
+        return None
+    is_kept, transaction.write_on_commit = transaction.write_on_commit, False
+    if not is_kept:
+        return None
+    state.data = get_result_store().create_result_record(state.data, key=str(uuid4()))
+    return state.data
+
+
+@contextmanager
+def _not_vital() -> Generator[None]:
+    """The task run's state tells the end in any case."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - a storage block may raise whatever its client raises
+        logger.warning("how the job ended could not be stored for other processes: %s", error)
 
 
 # --- interrupts ----------------------------------------------------------------------------------------
@@ -266,7 +302,6 @@ def _interrupted_end(
     """The state to end in; or the interrupt goes on, where Prefect has its own end for it."""
     if cause.leaves_job or cause.is_task_timeout:
         raise interrupt
-    _keep_out_of_caches()
     return states.cancelled(cause.reason, outcome, by=interrupt, was_admitted=call is not None)
 
 

@@ -27,6 +27,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+from prefect.blocks.core import Block
+from prefect.exceptions import ObjectAlreadyExists
+
+from tests.support.waiting import eventually_blocking
 
 TestT = TypeVar("TestT", bound=Callable[..., Any])
 
@@ -214,6 +218,19 @@ def pointed_at(server: PrefectServer, **more: str) -> Generator[None]:
         refresh_global_settings_context()
         yield
     refresh_global_settings_context()
+
+
+def save_block(block: Block, name: str) -> None:
+    """Save a block from a test without a loop; another worker may be registering its type at this very moment."""
+
+    def is_saved() -> bool:
+        try:
+            block.save(name, overwrite=True)
+        except ObjectAlreadyExists:
+            return False
+        return True
+
+    eventually_blocking(is_saved, within=20)
 
 
 @pytest.fixture(scope="session")
