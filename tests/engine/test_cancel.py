@@ -23,6 +23,8 @@ from tests.support.waiting import eventually
 from tests.support.witness import places_taken, records
 
 Mood = Literal["keys", "search", "neither"]
+pytestmark = pytest.mark.usefixtures("each_ledger")
+
 ONE = {"resourceQuotas": {"default": 1}}
 ENDLESS = ReportJob(outcome="never")
 
