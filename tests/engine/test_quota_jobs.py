@@ -35,6 +35,8 @@ from tests.support.ledger import another_store, ledger_of
 from tests.support.plugins import ALL, entry
 from tests.support.waiting import eventually
 
+pytestmark = pytest.mark.usefixtures("each_ledger")
+
 NAME = "webapi:keys:default:default"
 
 
