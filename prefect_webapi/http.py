@@ -448,7 +448,10 @@ def _without_secrets(record: logging.LogRecord) -> bool:
     """httpx logs the address of each request whole, Prefect's own with the password of its API too."""
     if isinstance(record.args, tuple):
         record.args = tuple(
-            mask_url(str(arg)) if isinstance(arg, httpx.URL) else arg for arg in record.args
+            mask_url(str(arg.copy_with(username="", password="")))
+            if isinstance(arg, httpx.URL)
+            else arg
+            for arg in record.args
         )
     return True
 

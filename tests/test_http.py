@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import logging
 import pickle
 import socket
 import traceback
@@ -469,6 +470,27 @@ async def test_an_answer_masks_the_errors_that_a_plugin_makes_of_it() -> None:
     assert SECRET not in str(caught.value)
 
 
+async def test_a_secret_in_the_query_is_masked_and_kept_out_of_the_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """CASE-225, REQ-62: httpx logs each address; some services want a key there."""
+    query = {"api_key": "key-canary", "page": SecretStr("page-canary"), "nth": 1}
+    with caplog.at_level(logging.DEBUG):
+        async with answering(500, "no key-canary, no page-canary") as client:
+            error = await failure(client.get("/jobs", params=query))
+        async with httpx.AsyncClient(
+            transport=httpx.MockTransport(lambda request: httpx.Response(200))
+        ) as foreign:  # Prefect's, say
+            await foreign.get("http://ann:api-canary@x.example.com/api?token=query-canary")
+            await foreign.get("http://user-canary@x.example.com/api")
+    assert str(error) == "HTTP 500: no ***, no ***"
+    assert "http://x.example.com/api?token=***" in caplog.text
+    assert "key-canary" not in caplog.text
+    assert "api-canary" not in caplog.text
+    assert "query-canary" not in caplog.text
+    assert "user-canary" not in caplog.text
+
+
 def test_no_secret_is_in_the_repr() -> None:
     """REQ-62."""
     client = RemoteClient("https://jobs.example.com/api/", token=SecretStr(SECRET))
@@ -611,6 +633,16 @@ def test_a_status_error_without_its_body_is_classified() -> None:
     response = httpx.Response(400, stream=httpx.ByteStream(b"x"))
     error = httpx.HTTPStatusError("x", request=REQUEST, response=response)
     assert classify(error).code == "HTTP400"
+
+
+def test_what_an_authors_own_client_was_told_is_masked() -> None:
+    """REQ-62: the service echoes the header, or httpx the address."""
+    request = httpx.Request("GET", "https://x.example.com", headers={"Authorization": "Bearer abc"})
+    response = httpx.Response(401, text="no access with Bearer abc", request=request)
+    told = classify(httpx.HTTPStatusError("x", request=request, response=response))
+    assert told.message == "HTTP 401: no access with ***"
+    address = "https://ann:canary@x.example.com/?token=canary"
+    assert "canary" not in classify(httpx.InvalidURL(f"what is {address}")).message
 
 
 def test_a_clients_own_text_about_headers_is_not_repeated() -> None:

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import logging
+import socket
 import subprocess
 import sys
+import urllib.request
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
 
 import pytest
+from prefect import flow
 from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
 
+from prefect_webapi._prefect import service
 from prefect_webapi.metrics import METRICS, SERIES_PER_METRIC, Metrics
+from prefect_webapi.testing import EmbeddedJobServer
+from prefect_webapi_jobserver import ReportJob, run_job
+from tests.support.engine import at, block, request, run
+from tests.support.prefect import free_port, prefect_leaks
+from tests.support.waiting import eventually
 
 
 @pytest.fixture
@@ -172,3 +184,119 @@ except ValueError:
         [sys.executable, "-c", script], capture_output=True, text=True, check=False
     )
     assert done.stdout == "works\n", done.stderr
+
+
+def test_an_engine_runs_jobs_where_prometheus_client_is_broken(
+    job_server: EmbeddedJobServer, tmp_path: Path
+) -> None:
+    """CASE-244: Prefect itself can't do without it; one that fails us at import costs the numbers only."""
+    script = f"""
+import asyncio, sys, pathlib
+import prefect.main
+
+whole = sys.modules["prometheus_client"]
+sys.modules["prometheus_client"] = None
+from prefect_webapi.metrics import served
+sys.modules["prometheus_client"] = whole
+
+from prefect_webapi_jobserver import ReportJob
+from tests.support.engine import at, run
+
+async def main():
+    with served(9, "127.0.0.1"), at(pathlib.Path({str(tmp_path)!r}), {job_server.url!r}) as host:
+        print((await run(host, ReportJob(seconds=0))).info.phase.name)
+
+asyncio.run(main())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parent.parent,
+    )
+    assert done.stdout == "SUCCESS\n", done.stderr
+    assert job_server.stats().created == 1
+
+
+# --- a run -------------------------------------------------------------------------------------
+
+
+async def test_the_counters_move_with_the_jobs(
+    job_server: EmbeddedJobServer, tmp_path: Path, registry: CollectorRegistry
+) -> None:
+    """CASE-245, CASE-248, REQ-77: a good job, a failed one, one that is throttled at each call and cancelled."""
+    metrics = Metrics(registry)
+    config = {"resourceQuotas": {"default": 5}, "caching": {"maxSystemFailures": 5}}
+    with at(tmp_path, job_server, config, metrics=metrics) as host:
+        await run(host, ReportJob(seconds=0.2), "single", task_run="good")
+        await run(host, ReportJob(seconds=0, outcome="fail"), "single", task_run="bad")
+        job_server.fault("create", status=429, times=5)
+        job_server.fault("get", status=429, times=3)
+        job_server.fault("get", status=500, times=2)
+        job_server.fault("delete", status=429, times=2)
+        ticket = host.admit(request(ReportJob(outcome="never"), task_type="single"))
+        await eventually(lambda: job_server.log("get")[-1:] and _last(job_server) == 200, within=10)
+        assert await eventually(lambda: metrics.value("tracked_jobs", plugin="single"), within=5)
+        assert metrics.value("held_slots") == 1
+        ticket.cancel("enough")
+        await ticket.outcome()
+        await eventually(lambda: metrics.value("tracked_jobs") == 0, within=5)
+
+    def calls(op: str, outcome: str) -> float:
+        return metrics.value("calls_total", plugin="single", op=op, outcome=outcome)
+
+    def answered(op: Any, *, ok: bool) -> int:
+        return len([call for call in job_server.log(op) if ok == ((call.status or 500) < 300)])
+
+    assert (calls("create", "ok"), calls("create", "Throttled")) == (3, 5)
+    assert (calls("delete", "ok"), calls("delete", "Throttled")) == (1, 2)
+    assert (calls("get", "Throttled"), calls("get", "RemoteSystemError")) == (3, 2)
+    assert calls("get", "ok") == answered("get", ok=True)
+    assert metrics.value("throttled_total", plugin="single", op="write") == 7
+    assert metrics.value("throttled_total", plugin="single", op="read") == 3
+    assert metrics.value("sync_errors_total", plugin="single") == 2
+    assert metrics.value("call_seconds_count", plugin="single", op="create") == 8
+    assert metrics.value("slot_wait_seconds_count") == 3
+    assert metrics.value("slot_releases_total", outcome="ok") == 3
+    assert metrics.value("phase_transitions_total", plugin="single", phase="RUNNING") >= 1
+    assert metrics.value("poll_lag_seconds_count", plugin="single") > 0
+    for name in ("evictions_total", "ledger_conflicts_total", "held_slots", "pending_cancels"):
+        assert metrics.value(name) == 0
+
+
+def _last(server: EmbeddedJobServer) -> int | None:
+    return server.log("get")[-1].status
+
+
+@prefect_leaks
+async def test_the_port_serves_every_metric_while_the_engine_lives(
+    engine_here: Path, job_server: EmbeddedJobServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """REQ-77: `METRICS_PORT`; a port that another process has is no reason to fail."""
+    port = free_port()
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_WEBAPI_METRICS_PORT", str(port))
+
+    def told() -> str:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+            return answer.read().decode()
+
+    @flow
+    async def one(day: int) -> None:
+        await run_job.with_options(connection=block(job_server))(seconds=0, day=day)
+
+    await one(1)
+    published = told()
+    for name, metric in METRICS.items():
+        assert f"# TYPE prefect_webapi_{name} {metric.kind}" in published
+    assert 'prefect_webapi_evictions_total{plugin="job-server"} 0.0' in published
+    assert 'prefect_webapi_calls_total{op="create",outcome="ok",plugin="job-server"}' in published
+    service.close()
+    with pytest.raises(URLError):
+        told()
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.bind(("127.0.0.1", port))
+        other.listen()
+        await one(2)
+    assert job_server.stats().created == 2

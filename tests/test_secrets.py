@@ -6,6 +6,7 @@ import asyncio
 import logging
 import traceback
 import uuid
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,10 @@ from prefect.client.schemas.filters import (
 )
 from prefect.client.schemas.objects import Artifact, TaskRun
 from prefect.context import FlowRunContext
+from prefect.settings import PREFECT_API_KEY, PREFECT_API_URL, temporary_settings
 from prometheus_client import REGISTRY, generate_latest
 from pydantic import BaseModel, SecretStr
+from pydantic.types import Secret as PydanticSecret
 
 from prefect_webapi import (
     DeleteContext,
@@ -36,20 +39,29 @@ from prefect_webapi import (
     PhaseInfo,
     PluginConfig,
     PluginEntry,
+    ResourceRequirements,
     StatusContext,
     TaskExecutionContextReader,
     path,
     register,
     task_for,
 )
-from prefect_webapi.contract.errors import ConfigurationError, HandleNotStorable
+from prefect_webapi.clock import Clock
+from prefect_webapi.contract.errors import (
+    ConfigurationError,
+    HandleNotStorable,
+    LedgerUnavailable,
+    WebApiError,
+)
+from prefect_webapi.contract.secrecy import Mask, secrets_in
+from prefect_webapi.ledger.sql import SqlStore
 from prefect_webapi.testing import EmbeddedJobServer
 from prefect_webapi_jobserver import JobServer, JobServerPlugin, ReportJob, run_job
 from prefect_webapi_jobserver.models import JobHandle
 from tests.support.engine import at, block, engine, request, run
 from tests.support.jobserver import TOKEN
 from tests.support.plugins import ALL, SinglePlugin, entry
-from tests.support.prefect import PrefectServer, prefect_leaks
+from tests.support.prefect import PrefectServer, free_port, prefect_leaks
 from tests.support.waiting import eventually
 
 
@@ -286,15 +298,27 @@ async def test_secrets_are_looked_up_in_a_secret_block_then_the_connection_then_
 
 
 class CarelessPlugin(SinglePlugin):
-    """An author who puts the token into the text of an exception, in the method that `kind` names."""
+    """An author who puts the token into the text of an exception, in the method that `kind` names.
+
+    ``chain``: the text is tame; what led to it is not, nor is its note.
+    """
 
     def _fail(self, method: str, kind: str) -> None:
+        token = self._connection.token.get_secret_value()
         if kind == method:
-            raise ValueError(f"bad token {self._connection.token.get_secret_value()}")
+            raise ValueError(f"bad token {token}")
+        if kind == "chain":
+            tame = RuntimeError("*** is all it says")
+            tame.add_note(f"was {token}")
+            raise tame from KeyError(token)
 
     async def create(self, ctx: TaskExecutionContextReader) -> JobHandle:
         self._fail("create", ctx.spec(ReportJob).kind)
         return await super().create(ctx)
+
+    async def resource_requirements(self, ctx: TaskExecutionContextReader) -> ResourceRequirements:
+        self._fail("requirements", ctx.spec(ReportJob).kind)
+        return ResourceRequirements()
 
     async def get(self, ctx: GetContext[JobHandle]) -> Any:
         job = await super().get(ctx)
@@ -318,10 +342,10 @@ class Places:
     """Everything that outlives a run or leaves the process, to be searched for a text."""
 
     def __init__(self) -> None:
-        self.texts: dict[str, str] = {}
+        self._parts: defaultdict[str, list[str]] = defaultdict(list)
 
     def add(self, place: str, content: object) -> None:
-        self.texts[place] = self.texts.get(place, "") + str(content)
+        self._parts[place].append(str(content))
 
     def add_files(self, place: str, *roots: Path) -> None:
         for root in roots:
@@ -330,7 +354,10 @@ class Places:
                     self.add(place, file.read_bytes().decode("latin-1"))
 
     def that_have(self, text: str) -> list[str]:
-        return [place for place, content in self.texts.items() if text in content]
+        return [place for place in self._parts if self.has(place, text)]
+
+    def has(self, place: str, text: str) -> bool:
+        return any(text in part for part in self._parts[place])
 
 
 @pytest.fixture
@@ -348,11 +375,14 @@ async def test_a_secret_shows_nowhere_after_runs_that_went_well_and_wrong(
     everything_logged: pytest.LogCaptureFixture,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """CASE-225, CASE-226, REQ-62: the service echoes it, and an author tells it; each place is shown to be searched."""
+    """CASE-225, CASE-226, REQ-62: the service echoes it, in errors and in answers, and an author tells it.
+
+    Each place is shown to be searched; Prefect's files are its data base with events and artifacts, and its results.
+    """
     register(CARELESS)
-    token, rotated = canary("token"), canary("rotated")
+    token, rotated, password = canary("token"), canary("rotated"), canary("password")
     job_server.behave(token=token)
-    no_patience = {"caching": {"maxSystemFailures": 0}}
+    no_patience = {"caching": {"maxSystemFailures": 0}, "resourceQuotas": {"default": 99}}
     first = with_token(job_server, token, no_patience, maxCreateAttempts=2)
     await first.asave(connection)
     places, told = Places(), list[str]()
@@ -361,11 +391,11 @@ async def test_a_secret_shows_nowhere_after_runs_that_went_well_and_wrong(
     async def failing(task: Any, **spec: Any) -> None:
         try:
             await task(**spec)
-        except JobFailed as failure:
+        except WebApiError as failure:
             told.append(str(failure))
             places.add("traceback", "".join(traceback.format_exception(failure)))
             places.add("pickled exception", pickled(failure))
-            places.add("repr", repr(failure) + repr(failure.info))
+            places.add("repr", repr(failure) + repr(vars(failure)))
         else:
             raise AssertionError("it did not fail")
 
@@ -384,9 +414,29 @@ async def test_a_secret_shows_nowhere_after_runs_that_went_well_and_wrong(
         await failing(bad, kind="create", seconds=0, day=4)
         for nth, method in enumerate(["get", "status"]):
             await failing(bad, outcome="never", message=method, day=5 + nth)
+        await failing(bad, kind="chain", day=7)
+        await failing(bad, kind="requirements", day=8)
+        # Answers that are fine but for what they tell.
+        told_by_job = {"message": f"running as {token}", "link": f"http://x.example.com/{token}"}
+        job_server.fault("get", patch=told_by_job, times=None)
+        await failing(good, seconds=0.3, outcome="fail", day=9)
+        job_server.clear_faults()
+        job_server.fault("get", patch={"result": {"deep": [f"made with {token}"]}}, times=None)
+        assert (await good(seconds=0, day=10)).data == {"deep": ["made with ***"]}
+        job_server.clear_faults()
+        job_server.fault("get", status=200, echo_authorization=True)
+        await failing(good, seconds=0, day=11)
+        inline = good.with_options(connection=first)
+        inline.submit(seconds=0, day=12).result()
+        cancelled = asyncio.ensure_future(good(outcome="never", day=13))
+        await eventually(lambda: job_server.stats().live == 1, within=10)
+        cancelled.cancel()
+        await asyncio.wait([cancelled])
         return this_flow_run(), report
 
-    flow_run, _ = await runs()
+    address = prefect_api.api_url.replace("://", f"://ann:{password}@")
+    with temporary_settings({PREFECT_API_URL: address, PREFECT_API_KEY: password}):
+        flow_run, _ = await runs()
     # A live job, so that the ledger's log has not been folded into its file; and a token that has changed.
     async with asyncio.TaskGroup() as group:
         live = group.create_task(run_job.with_options(connection=connection)(outcome="never"))
@@ -395,7 +445,9 @@ async def test_a_secret_shows_nowhere_after_runs_that_went_well_and_wrong(
         await second.asave(connection, overwrite=True)
         job_server.behave(token=rotated)
         [job] = [job for job in job_server.jobs() if job.state == "running"]
-        places.add_files("ledger", engine_here, Path(f"{engine_here}-wal"))
+        files = [Path(f"{engine_here}{suffix}") for suffix in ("", "-wal", "-shm")]
+        assert all(file.exists() for file in files)
+        places.add_files("ledger", *files)
         seen = len(job_server.log())
         await eventually(
             lambda: 200 in {get.status for get in job_server.log(since=seen)}, within=15
@@ -415,12 +467,15 @@ async def test_a_secret_shows_nowhere_after_runs_that_went_well_and_wrong(
 
     assert places.that_have(token) == []
     assert places.that_have(rotated) == []
+    assert places.that_have(password) == []
     for place in ("ledger", "states", "logs", "Prefect's files", "traceback"):
         assert place in places.that_have(mark), place
-    assert job.name in places.texts["ledger"]
-    assert 'plugin="careless"' in places.texts["metrics"]
-    assert "/ui/jobs/" in places.texts["artifacts"]
-    assert sum("***" in text for text in told) == 6
+    assert places.has("ledger", job.name)
+    assert places.has("metrics", 'plugin="careless"')
+    assert places.has("artifacts", "/ui/jobs/")
+    assert sum("***" in text for text in told) == 9
+    for method in ("create", "get", "status", "resource_requirements"):
+        assert any(f"{method} of plugin 'careless'" in text for text in told)
     assert "no access with" in told[1]
 
 
@@ -445,7 +500,7 @@ async def _from_prefect(places: Places, flow_run: str, mark: str) -> None:
         async def ended() -> list[TaskRun]:
             wanted = FlowRunFilter(id=FlowRunFilterId(any_=[run_id]))
             found = await client.read_task_runs(flow_run_filter=wanted)
-            done = len(found) >= 8 and all(
+            done = len(found) >= 15 and all(
                 r.state is not None and r.state.is_final() for r in found
             )
             return found if done else []
@@ -462,6 +517,73 @@ async def _from_prefect(places: Places, flow_run: str, mark: str) -> None:
 
         for artifact in await eventually(links, within=40, every=0.2):
             places.add("artifacts", artifact.model_dump_json())
+
+
+async def test_an_unreachable_ledger_is_told_without_its_password(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """CASE-225, REQ-62: nor do logs at DEBUG or the exceptions that led to it show it."""
+    password = canary("ledger")
+    url = f"postgresql+asyncpg://ann:{password}@127.0.0.1:{free_port()}/jobs"
+    store = SqlStore(url, clock=Clock(1000))
+    with caplog.at_level(logging.DEBUG), pytest.raises(LedgerUnavailable) as unavailable:
+        await store.open()
+    for text in (*traceback.format_exception(unavailable.value), repr(store), caplog.text):
+        assert password not in text
+    assert "ann" in str(unavailable.value) or "127.0.0.1" in str(unavailable.value)
+
+
+class Deep(BaseModel):
+    by_name: dict[str, SecretStr]
+    whole: PydanticSecret[dict[str, Any]]
+    several: list[SecretStr]
+    number: PydanticSecret[int]
+
+
+def test_secrets_are_found_wherever_they_lie() -> None:
+    """REQ-62: nested, in mappings and lists, structures as a whole; in text all, in data those that can be told."""
+    deep = Deep(
+        by_name={"a": SecretStr("first-canary")},
+        whole=PydanticSecret({"user": "second-canary", "deeper": ["third-canary"], "port": 5}),
+        several=[SecretStr("fourth/canary"), SecretStr("short")],
+        number=PydanticSecret(987654321),
+    )
+    mask = Mask(secrets_in(deep))
+    text = "first-canary second-canary third-canary fourth%2Fcanary short 987654321 port 5"
+    assert mask(text) == "*** *** *** *** *** *** port 5"
+    data = {"short": ["first-canary", {"x": "a fourth/canary", "n": 5}], "third-canary": None}
+    assert mask.data(data) == {"short": ["***", {"x": "a ***", "n": 5}], "***": None}
+    assert mask.hits('{"x": "second-canary"}')
+    assert not mask.hits('{"short": 5}')
+
+
+async def test_a_handle_that_turns_out_to_hold_a_secret_is_not_kept(
+    job_server: EmbeddedJobServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """CASE-229: its type looked harmless; the job is asked to end and the place in the ledger says why."""
+
+    class Telling(SinglePlugin):
+        async def create(self, ctx: TaskExecutionContextReader) -> JobHandle:
+            await super().create(ctx)
+            return JobHandle(name=f"?token={self._connection.token.get_secret_value()}")
+
+    token = canary("handle")
+    job_server.behave(token=token)
+    blocks = {"default": with_token(job_server, token)}
+    with caplog.at_level(logging.DEBUG), engine(tmp_path, [entry(Telling, "telling")], blocks) as h:
+        outcome = await run(h, ReportJob(outcome="never"), "telling")
+    assert outcome.info.err is not None
+    assert outcome.info.err.code == "HandleNotStorable"
+    assert "create of plugin 'telling'" in outcome.info.reason
+    places = Places()
+    places.add_files("ledger", tmp_path)
+    for record in caplog.records:
+        if record.name.startswith(
+            "prefect_webapi"
+        ):  # httpx shows the address that the author made of it
+            places.add("log", record.getMessage())
+    assert places.that_have(token) == []
+    assert job_server.stats().created == 1
 
 
 def test_a_pickled_task_holds_no_secret(job_server: EmbeddedJobServer) -> None:
