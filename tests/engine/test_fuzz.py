@@ -175,8 +175,9 @@ async def end_of(host: Host, task_type: str, day: int) -> str:
     return outcome.info.reason or outcome.info.phase.name
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
-    ("examples", "least"), [(60, 60), pytest.param(8_500, 10_000, marks=pytest.mark.chaos)]
+    ("examples", "least"), [(60, 60), pytest.param(1_200, 1_200, marks=pytest.mark.chaos)]
 )
 @pytest.mark.parametrize("base", [SinglePlugin, OneByOne])
 async def test_no_answer_of_a_server_leads_astray(
@@ -185,7 +186,7 @@ async def test_no_answer_of_a_server_leads_astray(
     """CASE-254, CASE-279, REQ-33, REQ-83: statuses, headers, bodies, lost connections; for each call."""
     scripts = scripts_of(examples)
     service = Service(dict(enumerate(map(list, scripts))))
-    config = {"caching": {"maxSystemFailures": 2}}
+    config = {"caching": {"maxSystemFailures": 2, "size": 1000}}
     quick: dict[str, Any] = {
         "maxRetryAfter": "1s",
         "maxCreateAttempts": 3,
@@ -196,8 +197,8 @@ async def test_no_answer_of_a_server_leads_astray(
     with at(
         tmp_path, "https://jobs.example.com", config, entries=[plugin], speed=100, **quick
     ) as host:
-        for first in range(0, len(scripts), 50):
-            days = range(first, min(first + 50, len(scripts)))
+        for first in range(0, len(scripts), 500):
+            days = range(first, min(first + 500, len(scripts)))
             ends = await asyncio.gather(*(end_of(host, plugin.id, day) for day in days))
             for day, told in zip(days, ends, strict=True):
                 assert told.strip(), scripts[day]
