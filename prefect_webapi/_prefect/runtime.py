@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AbstractContextManager, AsyncExitStack
 from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
@@ -16,6 +16,7 @@ from prefect_webapi._prefect.connections import BlockConnections
 from prefect_webapi._prefect.options import Options
 from prefect_webapi._prefect.outputs import ResultStorage
 from prefect_webapi._prefect.reports import Display
+from prefect_webapi._prefect.runs import PrefectRuns
 from prefect_webapi._prefect.secrets import BlockSecrets
 from prefect_webapi._prefect.slots import PrefectSlots
 from prefect_webapi.clock import process_clock
@@ -26,7 +27,7 @@ from prefect_webapi.engine.services import Services
 from prefect_webapi.ledger.records import RuntimeRow
 from prefect_webapi.ledger.sql import SqlStore
 from prefect_webapi.limiter import Gates
-from prefect_webapi.metrics import Metrics
+from prefect_webapi.metrics import Metrics, served
 from prefect_webapi.quotas import Quotas
 from prefect_webapi.registry import Plugins, default_registry
 
@@ -46,15 +47,18 @@ class _Runtime(Runtime):
         api: Api,
         slots: PrefectSlots,
         background: Sequence[Background],
+        publishing: AbstractContextManager[None],
     ) -> None:
         super().__init__(services, me)
         self._api = api
         self._slots = slots
         self._background = background
+        self._publishing = publishing
 
     async def run(self, ready: Callable[[], None]) -> None:
         failure: Exception | None = None
         async with AsyncExitStack() as stack:
+            stack.enter_context(self._publishing)
             await stack.enter_async_context(self._api)
             await stack.enter_async_context(self._slots)
             async with anyio.create_task_group() as group:
@@ -77,6 +81,7 @@ def make_runtime(
     me, api, slots = this_process(clock.now()), Api(), PrefectSlots(clock)
     store = SqlStore(options.ledger_url.get_secret_value(), clock=clock)
     overrides = options.overrides()
+    settings = EngineSettings().overlaid(overrides)
     services = Services(
         runtime_id=me.id,
         clock=clock,
@@ -94,15 +99,20 @@ def make_runtime(
             slots,
             clock=clock,
             metrics=metrics,
-            lease=overrides.get("slot_lease", EngineSettings().slot_lease),
+            lease=settings.slot_lease,
         ),
         secrets=BlockSecrets(api),
         outputs=ResultStorage(),
         metrics=metrics,
+        runs=PrefectRuns(api),
+        settings=settings,
         owns_limits=store.is_shared or _server_is_here(),
     )
     background = [display.run, partial(watch, api)]
-    return _Runtime(services, me, api=api, slots=slots, background=background)
+    publishing = served(options.metrics_port, options.metrics_host)
+    return _Runtime(
+        services, me, api=api, slots=slots, background=background, publishing=publishing
+    )
 
 
 def _server_is_here() -> bool:

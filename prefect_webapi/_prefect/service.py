@@ -70,8 +70,11 @@ def started() -> Engine | None:
     return _here().engine
 
 
-def start(load: Callable[[], Options]) -> Engine:
+def start(load: Callable[[], Options], *, sweeps: bool = True) -> Engine:
     """This process's engine; the first call makes it, from what `load` returns, in a second or two.
+
+    Args:
+        sweeps: as it starts, it takes up what is overdue in the ledger.
 
     Raises:
         ConfigurationError: the settings are wrong.
@@ -80,7 +83,7 @@ def start(load: Callable[[], Options]) -> Engine:
     here = _here()
     with here.lock:
         if here.engine is None:
-            here.engine, here.close = _make(load(), here.watch)
+            here.engine, here.close = _make(load(), here.watch, sweeps)
     return here.engine
 
 
@@ -118,7 +121,7 @@ def instead(made: Engine) -> Generator[None]:
         here.engine, here.close = before
 
 
-def _make(options: Options, watch: Watch) -> tuple[Engine, Callable[[], None]]:
+def _make(options: Options, watch: Watch, sweeps: bool) -> tuple[Engine, Callable[[], None]]:
     """The one place where the engine meets its adapters."""
     tell_reach(options)
     from prefect_webapi._prefect.runtime import make_runtime
@@ -126,8 +129,8 @@ def _make(options: Options, watch: Watch) -> tuple[Engine, Callable[[], None]]:
 
     display = Display(options.state_events_per_second)
     every = options.watch_cancel_seconds
-    host = Host(lambda: make_runtime(options, display, lambda api: watch.run(api, every)))
-    host._start()  # pyright: ignore[reportPrivateUsage] # here, so that it is off the flow's loop
+    host = Host(lambda: make_runtime(options, display, lambda api: watch.run(api, every)), sweeps=sweeps)
+    host.start()  # here, so that it is off the flow's loop
     return Engine(host, display, watch, options.run_key), host.close
 
 

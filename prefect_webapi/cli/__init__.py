@@ -30,7 +30,16 @@ app.command(
     name="quickstart",
     help="Run 20 remote jobs on this machine, in servers of their own: no account, no configuration.",
 )
-app.command("prefect_webapi.cli.jobs:app", name="jobs", help="Look at the jobs in the ledger.")
+app.command(
+    "prefect_webapi.cli.jobs:app",
+    name="jobs",
+    help="Look at the jobs in the ledger, end them, settle those that nobody can find out about.",
+)
+app.command(
+    "prefect_webapi.cli.sweep:sweep",
+    name="sweep",
+    help="End the remote jobs that dead processes and ended flows have left.",
+)
 app.command("prefect_webapi.cli.config:app", name="config", help="Look at the settings.")
 
 

@@ -1,4 +1,7 @@
-"""`prefect-webapi jobs`: what the ledger knows of jobs. It reads only; it asks no remote service and no Prefect API."""
+"""`prefect-webapi jobs`: what the ledger knows of jobs; end them, settle those that nobody can find out about.
+
+`list` and `show` read the ledger only; they ask no remote service and no Prefect API.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ __all__ = ["app"]
 
 Json = Annotated[bool, Parameter(negative="", help="Print JSON instead of a table.")]
 
-app = App(name="jobs", help="Look at the jobs in the ledger.")
+app = App(name="jobs", help="Look at the jobs in the ledger, end them, settle those in doubt.")
 
 
 @app.command(name="list")
@@ -74,15 +77,89 @@ async def show(
     async with reading(_ledger_url()) as store:
         record = await store.get(JobKey(key))
         if record is None:
-            raise ConfigurationError(
-                f"the ledger at {store.address} has no job {key!r}. `prefect-webapi jobs list` shows those it has"
-            )
+            raise ConfigurationError(_no_such(store.address, [key]))
         attempts = views.attempts_of(record, await _relatives(store, record))
     if json:
         screen.say_json(views.job_data(record, attempts))
     else:
         page, steps = views.job_page(record, attempts), views.step_table(record)
         screen.console().print(page, "", steps, sep="\n")
+
+
+@app.command
+async def cancel(
+    keys: Annotated[list[str], Parameter(help="Keys of the jobs, as `jobs list` shows them.")],
+    /,
+    *,
+    reason: Annotated[
+        str, Parameter(help="Why; reaches the remote service, the ledger and the task run.")
+    ] = "cancelled by an operator",
+    json: Json = False,
+) -> int:
+    """End jobs at their services, whichever process looks after them.
+
+    Exit code 0: all are over; 1: some have been asked to end and take their time.
+    """
+    from prefect_webapi import sweeper
+    from prefect_webapi._prefect import service
+    from prefect_webapi.cli import screen, views
+    from prefect_webapi.cli.ledger import reading
+    from prefect_webapi.contract.keys import JobKey
+
+    wanted = [JobKey(key) for key in dict.fromkeys(keys)]
+    async with reading(_ledger_url()) as store:
+        missing = [key for key in wanted if await store.get(key) is None]
+        if missing:
+            raise ConfigurationError(_no_such(store.address, missing))
+    try:
+        records = await sweeper.cancel_jobs(wanted, reason)
+    finally:
+        service.close()
+    if json:
+        screen.say_json([views.job_data(record) for record in records])
+    else:
+        console = screen.console()
+        console.print(views.job_table(records, columns=console.width))
+    return 0 if all(record.state.is_over for record in records) else 1
+
+
+@app.command
+async def resolve(
+    key: Annotated[str, Parameter(help="The job's key, as `jobs list` shows it.")],
+    /,
+    *,
+    gone: Annotated[
+        bool,
+        Parameter(negative="", help="You looked: the service has no such job, or it has ended."),
+    ] = False,
+    handle: Annotated[
+        str | None,
+        Parameter(
+            help="You looked: there it is. Its handle as JSON, as `jobs show` prints those of others."
+        ),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Settle a job whose create was sent and never answered, where only the service's own pages can tell.
+
+    With --gone its record is closed and its place in the quota is free. With --handle the next run of its flow, or the
+    next sweep, takes the job up.
+    """
+    from prefect_webapi import sweeper
+    from prefect_webapi._prefect import service
+    from prefect_webapi.cli import screen, views
+    from prefect_webapi.contract.keys import JobKey
+
+    if gone == (handle is not None):
+        raise ConfigurationError("say either --gone or --handle JSON")
+    try:
+        record = await sweeper.resolve_job(JobKey(key), handle=handle)
+    finally:
+        service.close()
+    if json:
+        screen.say_json(views.job_data(record))
+    else:
+        screen.console().print(views.job_page(record, views.attempts_of(record, [record])))
 
 
 async def _select(
@@ -101,6 +178,13 @@ async def _relatives(store: Reader, record: Record) -> Sequence[Record]:
     if not record.root_run:
         return [record]
     return await store.select(root_run=record.root_run)
+
+
+def _no_such(address: str, keys: Sequence[str]) -> str:
+    told = ", ".join(repr(str(key)) for key in keys)
+    return (
+        f"the ledger at {address} has no job {told}. `prefect-webapi jobs list` shows those it has"
+    )
 
 
 def _ledger_url() -> str:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import inspect
+import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import anyio
-import anyio.to_thread
 
 from prefect_webapi.contract.contexts import GetContext
 from prefect_webapi.contract.errors import (
@@ -24,16 +25,16 @@ from prefect_webapi.contract.errors import (
     Throttled,
 )
 from prefect_webapi.contract.phase import PhaseInfo
-from prefect_webapi.contract.plugin import AsyncPlugin, CreateResult, SyncPlugin
-from prefect_webapi.contract.secrecy import scrub
+from prefect_webapi.contract.plugin import AsyncPlugin, CreateResult, SyncPlugin, overrides
+from prefect_webapi.contract.secrecy import Mask, secrets_in
 from prefect_webapi.contract.task import ResourceRequirements
 from prefect_webapi.engine.contexts import DeleteView, GetView, StatusView, TaskView
 from prefect_webapi.engine.services import Services
 from prefect_webapi.http import classify
 from prefect_webapi.limiter import Gate, Op
-from prefect_webapi.registry import Loaded
+from prefect_webapi.registry import Loaded, is_cancelled
 
-__all__ = ["Calls", "guarantee", "is_sync"]
+__all__ = ["Calls", "can_clear_up", "guarantee", "is_sync"]
 
 _Name = Literal["create", "find", "get", "get_many", "delete", "do", "outputs"]
 _OPS: dict[_Name, Op] = {
@@ -71,8 +72,31 @@ class Calls:
         await self.gate(loaded).acquire(op)
 
     async def requirements(self, loaded: Loaded, view: TaskView) -> ResourceRequirements:
-        plugin = self._services.plugins.current(loaded).plugin
-        return await self._run(loaded, partial(plugin.resource_requirements, view))
+        now = self._services.plugins.current(loaded)
+        limit = self._timeout(now, "resource_requirements")
+        answer = await self._ask(now, "resource_requirements", view, limit)
+        if isinstance(answer, ResourceRequirements):
+            return answer
+        raise _wrong(now, "resource_requirements", answer, "ResourceRequirements")
+
+    async def status(self, loaded: Loaded, view: StatusView) -> PhaseInfo:
+        """Judge a snapshot. No secret is in what comes back."""
+        now = self._services.plugins.current(loaded)
+        plugin = now.plugin
+        assert isinstance(plugin, AsyncPlugin)
+        try:
+            info: Any = plugin.status(view)
+            if inspect.isawaitable(info):
+                limit = self._timeout(now, "status")
+                with anyio.fail_after(self._services.clock.real(limit.total_seconds())):
+                    info = await info
+        except BaseException as error:
+            if is_cancelled(error):
+                raise
+            judged = _judged(error, now, "status", view)
+        else:
+            return _told_of(now, view, info)
+        raise judged  # outside the handler: what an author raised may hold a secret
 
     async def create(self, loaded: Loaded, view: TaskView) -> CreateResult[Any, Any]:
         """Send create. The caller has the permit already."""
@@ -82,7 +106,10 @@ class Calls:
         return CreateResult(answer)
 
     async def find(self, loaded: Loaded, view: TaskView) -> CreateResult[Any, Any] | None:
-        return await self._call(loaded, "find", view)
+        answer = await self._call(loaded, "find", view)
+        if answer is None or isinstance(answer, CreateResult):
+            return answer  # pyright: ignore[reportUnknownVariableType] - authors' type arguments
+        raise _wrong(loaded, "find", answer, "a CreateResult or None")
 
     async def get(self, loaded: Loaded, handle: Any) -> Any:
         return await self._call(loaded, "get", GetView(handle))
@@ -91,12 +118,17 @@ class Calls:
         self, loaded: Loaded, contexts: Sequence[GetContext[Any]]
     ) -> Sequence[Any | Exception | None]:
         answers = await self._call(loaded, "get_many", contexts)
-        if len(answers) != len(contexts):
+        if not isinstance(answers, Sequence) or isinstance(answers, str | bytes):
+            raise _wrong(loaded, "get_many", answers, "a list")
+        if len(answers := cast(Sequence[Any], answers)) != len(contexts):
             raise RemoteSystemError(
-                f"get_many returned {len(answers)} answers for {len(contexts)} jobs; "
+                f"get_many of plugin {loaded.entry.id!r} returned {len(answers)} answers for {len(contexts)} jobs; "
                 "it must return one per job, in the same order"
             )
-        return [self._judged(a) if isinstance(a, Exception) else a for a in answers]
+        return [
+            _judged(a, loaded, "get_many", contexts) if isinstance(a, Exception) else a
+            for a in answers
+        ]
 
     async def delete(self, loaded: Loaded, handle: Any, reason: str) -> None:
         """Send delete. The caller has the permit already."""
@@ -104,7 +136,11 @@ class Calls:
 
     async def do(self, loaded: Loaded, view: TaskView, timeout: timedelta) -> PhaseInfo:
         """Send do. The caller has the permit already."""
-        return await self._call(loaded, "do", view, permitted=True, timeout=timeout)
+        answer = await self._call(loaded, "do", view, permitted=True, timeout=timeout)
+        if isinstance(answer, PhaseInfo):
+            return answer
+        wrong = _wrong(loaded, "do", answer, "a PhaseInfo")  # whatever it did is done
+        return PhaseInfo.system_failure(wrong.code, wrong.message)
 
     async def until_ended(self, view: TaskView) -> None:
         """Wait for a blocking call that was dropped: its thread can't be stopped."""
@@ -143,74 +179,88 @@ class Calls:
         limit = timeout or self._timeout(now, name)
         clock, metrics = self._services.clock, self._services.metrics
         began = clock.monotonic()
-        outcome = "ok"
+        outcome = "cancelled"
         try:
-            async with self._services.plugins.use(loaded) as now:
-                with anyio.fail_after(clock.real(limit.total_seconds())):
-                    answer = await self._run(now, partial(getattr(now.plugin, name), argument))
-        except (Exception, SystemExit) as error:  # whatever an author's code raises is judged
-            judged = self._judged(error)
-            tells_secrets = _mask(judged, now, argument)
-            outcome = type(judged).__name__
-            if isinstance(judged, Throttled):
-                gate.throttled(op, self._capped(now, judged.retry_after))
+            answer = await self._ask(now, name, argument, limit)
+        except RemoteError as error:
+            outcome = type(error).__name__
+            if isinstance(error, Throttled):
+                gate.throttled(op, self._capped(now, error.retry_after))
                 metrics.count("throttled_total", plugin=now.entry.id, op=op)
-            if judged is error:
-                raise
-            if (
-                isinstance(error, TimeoutError)
-                and clock.monotonic() - began >= 0.95 * limit.total_seconds()
-            ):
-                judged = OutcomeUnknown(
-                    f"no answer to {name} within {limit.total_seconds():g} s", code="Timeout"
-                )
-            raise judged from (None if tells_secrets else error)
+            raise
         else:
+            outcome = "ok"
             gate.succeeded(op)
             return answer
         finally:
             metrics.count("calls_total", plugin=now.entry.id, op=name, outcome=outcome)
             metrics.observe("call_seconds", clock.monotonic() - began, plugin=now.entry.id, op=name)
 
+    async def _ask(self, loaded: Loaded, name: str, argument: Any, limit: timedelta) -> Any:
+        """Call a method of the newest instance; whatever an author's code raises is judged."""
+        clock = self._services.clock
+        began = clock.monotonic()
+        try:
+            async with self._services.plugins.use(loaded) as loaded:
+                with anyio.fail_after(clock.real(limit.total_seconds())):
+                    return await self._run(loaded, partial(getattr(loaded.plugin, name), argument))
+        except BaseException as error:
+            if is_cancelled(error):
+                raise
+            waited = clock.monotonic() - began
+            if isinstance(error, TimeoutError) and waited >= 0.95 * limit.total_seconds():
+                judged = OutcomeUnknown(
+                    f"no answer to {name} of plugin {loaded.entry.id!r} within {limit.total_seconds():g} s",
+                    code="Timeout",
+                )
+            else:
+                judged = _judged(error, loaded, name, argument)
+        raise judged  # outside the handler: what an author raised may hold a secret
+
     async def _run(self, loaded: Loaded, method: partial[Any]) -> Any:
-        """Await a coroutine method; give a blocking one a thread of a bounded pool."""
+        """Await a coroutine method; give a blocking one a thread, of which a bounded number works at once.
+
+        The thread is a daemon: one that never returns keeps neither its job nor the end of the process waiting.
+        """
         if inspect.iscoroutinefunction(method.func):
             return await method()
         limiter = self._threads.setdefault(
             loaded.endpoint, anyio.CapacityLimiter(loaded.config.caching.workers)
         )
         loop, key, ended = asyncio.get_running_loop(), id(method.args[0]), asyncio.Event()
+        arrived: asyncio.Future[None] = loop.create_future()
+        answers: list[Any] = []
+        errors: list[BaseException] = []
 
         def end() -> None:
             self._in_threads.pop(key, None)
             ended.set()
+            if not arrived.done():
+                arrived.set_result(None)
 
-        def work() -> Any:
+        def work() -> None:
             try:
-                return method()
-            finally:
-                with suppress(RuntimeError):  # the engine has closed meanwhile
-                    loop.call_soon_threadsafe(end)
+                answers.append(context.run(method))
+            except BaseException as error:  # noqa: BLE001 - raised where it is awaited
+                errors.append(error)
+            with suppress(RuntimeError):  # the engine has closed meanwhile
+                loop.call_soon_threadsafe(end)
 
-        self._in_threads[key] = ended
-        answer = await anyio.to_thread.run_sync(work, abandon_on_cancel=True, limiter=limiter)
-        return await answer if inspect.isawaitable(answer) else answer
-
-    def _judged(self, error: BaseException) -> RemoteError:
-        if isinstance(error, RemoteError):
-            return error
-        if isinstance(error, ConfigurationError):  # a missing secret, say: nothing was sent
-            return BadTaskSpecification(str(error), code=type(error).__name__)
-        if isinstance(error, Exception):
-            return classify(error)
-        return RemoteSystemError(str(error), code=type(error).__name__)
+        context = contextvars.copy_context()
+        async with limiter:
+            self._in_threads[key] = ended
+            threading.Thread(target=work, name=f"plugin {loaded.entry.id}", daemon=True).start()
+            await arrived
+        for error in errors:
+            raise error
+        return await answers[0] if inspect.isawaitable(answers[0]) else answers[0]
 
     def _capped(self, loaded: Loaded, retry_after: timedelta | None) -> timedelta | None:
         if retry_after is None:
             return None
         return min(retry_after, loaded.settings.max_retry_after)
 
-    def _timeout(self, loaded: Loaded, name: _Name) -> timedelta:
+    def _timeout(self, loaded: Loaded, name: str) -> timedelta:
         settings = loaded.settings
         match name:
             case "create":
@@ -221,19 +271,67 @@ class Calls:
                 return settings.get_timeout
 
 
-def _mask(error: RemoteError, loaded: Loaded, argument: Any) -> bool:
-    """Take secrets out of a text that people will see: authors make mistakes. Whether there were any."""
+def _mask(loaded: Loaded, argument: Any) -> Mask:
+    """Knows the connection's secrets and those that the job was given: authors make mistakes."""
     given = argument.secret_manager.given if isinstance(argument, TaskView | StatusView) else ()
-    masked = scrub(error.message, [loaded.connection.value, *given])
-    if masked == error.message:
-        return False
-    error.message = masked
-    error.args = (masked,)
-    return True
+    return loaded.mask.with_more(secrets_in(given))
+
+
+def _judged(error: BaseException, loaded: Loaded, name: str, argument: Any) -> RemoteError:
+    """What an error of an author's method means, without secrets; a foreign one names the method."""
+    if isinstance(error, RemoteError):
+        judged = error
+    elif isinstance(error, ConfigurationError):  # a missing secret, say: nothing was sent
+        judged = BadTaskSpecification(str(error), code=type(error).__name__)
+    else:
+        judged = classify(error) if isinstance(error, Exception) else _no_error(error)
+        judged.message = f"{name} of plugin {loaded.entry.id!r}: {judged.message}"
+        judged.args = (judged.message,)
+    mask = _mask(loaded, argument)
+    if not mask.is_told_by(error):
+        if judged is not error:
+            judged.__cause__ = error
+        return judged
+    judged.__cause__ = judged.__context__ = None
+    vars(judged).pop("__notes__", None)
+    judged.message = mask(judged.message)
+    judged.args = (judged.message,)
+    return judged
+
+
+def _no_error(raised: BaseException) -> RemoteError:
+    """An author's code may raise what ends a process, or a task; it ends neither."""
+    kind = type(raised).__name__
+    return RemoteSystemError(f"{kind}: {raised}" if str(raised) else kind, code=kind)
+
+
+def _told_of(loaded: Loaded, view: StatusView, info: Any) -> PhaseInfo:
+    """What `status` said, without secrets: services echo them, and authors pass their words on."""
+    if not isinstance(info, PhaseInfo):
+        raise _wrong(loaded, "status", info, "a PhaseInfo")
+    mask = _mask(loaded, view)
+    if not mask.hits(info.model_dump_json()):
+        return info
+    return PhaseInfo.model_validate(mask.data(info.model_dump()))
+
+
+def _wrong(loaded: Loaded, name: str, answer: Any, wanted: str) -> RemoteSystemError:
+    """Whatever the call did, an author's answer of the wrong type tells nothing of it."""
+    return RemoteSystemError(
+        f"{name} of plugin {loaded.entry.id!r} returned {type(answer).__name__}; it must return {wanted}",
+        code="TypeError",
+    )
 
 
 def is_sync(loaded: Loaded) -> bool:
     return isinstance(loaded.plugin, SyncPlugin)
+
+
+def can_clear_up(loaded: Loaded) -> bool:
+    """Whether what came of a create that was sent can be found out: by the key, or by a search."""
+    if isinstance(loaded.plugin, AsyncPlugin) and overrides(loaded.plugin, "find"):
+        return True
+    return guarantee(loaded) != "at-most-once"
 
 
 def guarantee(loaded: Loaded) -> Literal["key", "search", "at-most-once"]:

@@ -17,6 +17,9 @@ __all__ = ["ask_to_end"]
 
 logger = logging.getLogger(__name__)
 
+LOG_SECONDS = 60.0
+"""A delete that goes on failing is told of so often."""
+
 
 async def ask_to_end(services: Services, calls: Calls, job: Job, ending: Ending) -> bool:
     """Write the duty down and send delete until the service has taken it or the job is over.
@@ -35,22 +38,31 @@ async def ask_to_end(services: Services, calls: Calls, job: Job, ending: Ending)
             Event.END_ASKED,
             cancel_reason=ending.reason,
             stopped_by_us=True,
+            orphaned=job.orphaned is ending,
         )
     job.request.reporter.cancelling(job.record, ending.reason)
     settings = job.loaded.settings
-    tries = 0
+    tries, silent_until = 0, float("-inf")
     while job.record.state is JobState.CANCELLING:
         await calls.permit(job.loaded, "write")
         fault_point("KP-22")
+        job.delete_tries += 1
         try:
             await calls.delete(job.loaded, job.handle, ending.reason)
         except NotFound:
             return False  # the reads that follow decide
         except RemoteError as error:
             tries += 1
-            logger.warning(
-                "delete of job %s failed, it is repeated: %s", job.record.key, error.message
-            )
+            now = services.clock.monotonic()
+            if now >= silent_until:  # each one is in the metrics
+                silent_until = now + LOG_SECONDS
+                told = f", {tries} times by now" if tries > 1 else ""
+                logger.warning(
+                    "delete of job %s failed%s, it is repeated: %s",
+                    job.record.key,
+                    told,
+                    error.message,
+                )
             if not isinstance(error, Throttled):
                 await services.clock.sleep(back_off(tries, settings.retry_base, settings.retry_cap))
         else:

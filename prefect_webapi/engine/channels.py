@@ -7,6 +7,7 @@ import re
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
 import anyio
@@ -17,10 +18,12 @@ from prefect_webapi.contract.plugin import AsyncPlugin
 from prefect_webapi.engine.calls import Calls
 from prefect_webapi.engine.services import Services
 from prefect_webapi.ledger.records import JobState
+from prefect_webapi.ledger.store import Store
 from prefect_webapi.poller import Observation, Poller, ReadingPolicy
+from prefect_webapi.quotas import Repair
 from prefect_webapi.registry import Loaded
 
-__all__ = ["Capacity", "Channel", "Channels", "limit_name"]
+__all__ = ["Capacity", "Channel", "Channels", "LedgerCount", "limit_name"]
 
 logger = logging.getLogger(__name__)
 
@@ -148,6 +151,7 @@ class Channels:
                 channel = Channel(loaded, poller, Capacity(loaded.config.caching.size))
                 await self._set_quotas(channel, loaded)
                 self._channels[key] = channel
+                self._services.metrics.count("evictions_total", 0, plugin=loaded.entry.id)
                 self._tasks.start_soon(poller.run)
             elif channel.loaded is not loaded:
                 await self._update(channel, loaded)
@@ -201,20 +205,52 @@ class Channels:
                     new.append(name)
                 channel.limits[name] = limit
         if new and self._services.owns_limits:
-            self._tasks.start_soon(self._repair, new)
+            self._tasks.start_soon(self._repair_new, new)
 
-    async def _repair(self, names: Sequence[str]) -> None:
-        """Once per limit and process: give back what dead holders have leaked."""
+    async def _repair_new(self, names: Sequence[str]) -> None:
+        """Look for leaked slots at the first use of limits, and again when some seem to have leaked."""
+        found = await self.repair(names)
+        if found.waiting:
+            await self._services.clock.sleep(self._services.quotas.look_again_after)
+            await self.repair(list(found.waiting))
 
-        async def held(name: str) -> int:
-            open_states = [state for state in JobState if state is not JobState.CLOSED]
-            records = await self._services.store.select(states=open_states)
-            return sum(record.weight for record in records if name in record.quotas)
-
+    async def repair(self, names: Sequence[str]) -> Repair:
+        """Look once for what dead holders of these limits have leaked; what was there before is given back."""
         try:
-            await self._services.quotas.repair(names, held)
+            return await self._services.quotas.repair(names, LedgerCount(self._services.store))
         except WebApiError as error:
             logger.info("leaked slots were not looked for: %s", error)
+            return Repair({}, {})
+
+
+class LedgerCount:
+    """`quotas.Count` of a ledger."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    async def note_surplus(self, name: str, slots: int, at: datetime, since: datetime) -> int:
+        return await self._store.note_surplus(name, slots, at, since)
+
+    async def held(self, name: str) -> int:
+        """Places of jobs that may live, and those that may be lent to a job which this ledger has no room for.
+
+        A job that it has room for keeps its slots for the moment only that they take to be written down. So a leak
+        shows although jobs wait, and because of it.
+        """
+        waiting = await self._store.select(states=[JobState.SLOT_REQUESTED])
+        rows = {row.name: row for row in await self._store.quotas()}
+        lent: dict[tuple[str, tuple[str, ...]], int] = {}
+        for record in waiting:  # the first of each queue may have slots
+            fits = all(
+                (row := rows.get(limit)) is not None and row.live + record.weight <= row.limit
+                for limit in record.quotas
+            )
+            if name in record.quotas and not fits:
+                queue = record.runtime, record.quotas
+                lent[queue] = max(lent.get(queue, 0), record.weight)
+        row = rows.get(name)
+        return (row.live if row is not None else 0) + sum(lent.values())
 
 
 def _key(loaded: Loaded) -> tuple[str, str]:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any
+
+from pydantic import ValidationError
 
 from prefect_webapi.contract.phase import Phase, PhaseInfo
 from prefect_webapi.contract.task import JobSpec
@@ -13,13 +18,13 @@ from prefect_webapi.engine.job import Call, Ending
 from prefect_webapi.engine.liveness import is_alive
 from prefect_webapi.engine.machine import Event
 from prefect_webapi.engine.outputs import recall
-from prefect_webapi.engine.request import Outcome
+from prefect_webapi.engine.request import Caller, JobRequest, Outcome
 from prefect_webapi.engine.services import Services
 from prefect_webapi.ledger.records import JobState, Move, MoveResult, Record, RuntimeRow
 from prefect_webapi.quotas import SlotLease
 from prefect_webapi.registry import Loaded
 
-__all__ = ["Others", "take_over"]
+__all__ = ["Others", "free", "release", "request_of", "settle", "take_over"]
 
 logger = logging.getLogger(__name__)
 
@@ -66,9 +71,9 @@ class Others:
         return call.future.result()
 
     async def ended(self, record: Record, spec: JobSpec[Any], loaded: Loaded) -> Outcome | None:
-        """What the job that was followed came to; None: it is not over."""
+        """What the job that was followed came to; None: it is not over, or the sweeper ended it."""
         now = await self._services.store.get(record.key)
-        if now is None or not now.state.is_over:
+        if now is None or not now.state.is_over or now.details.orphaned:
             return None
         return await self.hand_out(now, spec, loaded)
 
@@ -91,6 +96,81 @@ async def take_over(services: Services, record: Record) -> Record | None:
     if await services.store.move(move) is not MoveResult.OK:
         return None
     return await services.store.get(record.key)
+
+
+async def release(services: Services, record: Record) -> None:
+    """Say that no process drives this job any more. Nothing happens if another has taken it by now."""
+    move = Move(old=record, state=record.state, at=record.updated_at, take_over=True, runtime="")
+    await services.store.move(move)
+
+
+async def settle(services: Services, record: Record, event: Event, info: PhaseInfo) -> bool:
+    """Close the record of a job that no process drives and that is known, or given up, as over.
+
+    Returns:
+        False: another process was first.
+    """
+    taken = await take_over(services, record)
+    if taken is None:
+        return False
+    now = services.clock.now()
+    if not taken.state.is_over:
+        state = machine.next_state(taken.state, event)
+        told = {"phase": info, "last_error": info.reason, "orphaned": True, "spec": None}
+        move = Move(
+            old=taken,
+            state=state,
+            at=now,
+            details=taken.details.model_copy(update=told),
+            count=machine.place_change(taken.state, state),
+        )
+        if await services.store.move(move) is not MoveResult.OK:
+            return False
+        taken = replace(taken, state=state)
+    free(services, taken)
+    state = machine.next_state(taken.state, Event.SETTLED)
+    return await services.store.move(Move(old=taken, state=state, at=now)) is MoveResult.OK
+
+
+def request_of(record: Record, loaded: Loaded) -> JobRequest:
+    """The call that made a record, as far as the record tells: the task's arguments are not in it."""
+    details = record.details
+    kind = loaded.entry.spec
+    spec = kind.model_construct()  # enough for what needs only the key
+    if details.spec is not None:
+        with suppress(ValidationError):  # a newer version of the plugin has another spec
+            spec = kind.model_validate_json(json.dumps(details.spec))
+    return JobRequest(
+        task_type=record.task_type,
+        spec=spec,
+        task_key=details.task_key,
+        task_name=details.task_name,
+        caller=Caller(
+            run_key=record.root_run,
+            execution="",
+            task_run=record.task_run,
+            flow_run=record.flow_run,
+            root_run=record.root_run,
+            deployment=details.deployment,
+            namespace=details.namespace,
+            labels=details.labels,
+            attempt=record.attempt,
+            max_attempts=record.attempt,
+        ),
+        reporter=_Silent(),
+        connection=record.connection,
+        plugin=record.plugin,
+    )
+
+
+class _Silent:
+    """Nobody watches a job whose task run has ended."""
+
+    def phase(self, record: Record, info: PhaseInfo, *, waiting_for_quota: bool) -> None:
+        pass
+
+    def cancelling(self, record: Record, reason: str) -> None:
+        pass
 
 
 async def _told(services: Services, record: Record, spec: JobSpec[Any], loaded: Loaded) -> Outcome:
@@ -119,9 +199,14 @@ async def _close(services: Services, record: Record) -> None:
     taken = await take_over(services, record)
     if taken is None:
         return
+    free(services, record)
+    state = machine.next_state(taken.state, Event.SETTLED)
+    await services.store.move(Move(old=taken, state=state, at=services.clock.now()))
+
+
+def free(services: Services, record: Record) -> None:
+    """Give back the place that a job had, if its lease is still there."""
     lease = record.details.lease
     if record.quotas and lease is not None:
         slot = SlotLease(id=lease.id, until=lease.until)
         services.quotas.release(record.quotas, slot, weight=record.weight)
-    state = machine.next_state(taken.state, Event.SETTLED)
-    await services.store.move(Move(old=taken, state=state, at=services.clock.now()))

@@ -10,19 +10,23 @@ import asyncio
 import concurrent.futures
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from functools import partial
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from prefect_webapi.contract.errors import EngineClosed, WebApiError
 from prefect_webapi.engine.job import Call
+from prefect_webapi.engine.reaper import sweep
 from prefect_webapi.engine.request import JobRequest, Outcome
 from prefect_webapi.engine.runtime import Runtime
+from prefect_webapi.engine.watchdog import watching
 
 __all__ = ["Host", "HostApi", "Ticket"]
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 STEP_SECONDS = 0.2
 """A blocking wait is cut into steps of this length, so that signals get through."""
@@ -59,6 +63,12 @@ class HostApi(Protocol):
 
     def cancel_flow_run(self, flow_run: str, reason: str) -> None:
         """Every job of this flow run shall end; returns at once, also from a signal handler."""
+        ...
+
+    def perform(
+        self, work: Callable[[Runtime], Awaitable[T]], /
+    ) -> concurrent.futures.Future[T]:
+        """Do some work on the engine's loop; the future is bound to no loop. Raises as `admit`."""
         ...
 
 
@@ -103,10 +113,12 @@ class Host:
 
     Args:
         make_runtime: builds the runtime; called on the new loop.
+        sweeps: take up what is overdue in the ledger when it starts; False: the caller sweeps by itself.
     """
 
-    def __init__(self, make_runtime: Callable[[], Runtime]) -> None:
+    def __init__(self, make_runtime: Callable[[], Runtime], *, sweeps: bool = True) -> None:
         self._make_runtime = make_runtime
+        self._sweeps = sweeps
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -121,13 +133,20 @@ class Host:
             EngineClosed: the process is ending.
             LedgerError, ConfigurationError: the engine can't start; nothing was started.
         """
-        self._start()
+        self.start()
         call = Call(request)
         self.post(lambda runtime: runtime.admit(call))
         return _Ticket(self, call)
 
     def cancel_flow_run(self, flow_run: str, reason: str) -> None:
         self.post(lambda runtime: runtime.cancel_flow_run(flow_run, reason))
+
+    def perform(self, work: Callable[[Runtime], Awaitable[T]], /) -> concurrent.futures.Future[T]:
+        """Do some work on the engine's loop; the future is bound to no loop. Raises as `admit`."""
+        self.start()
+        done: concurrent.futures.Future[T] = concurrent.futures.Future()
+        self.post(lambda runtime: runtime.perform(work, done))
+        return done
 
     def post(self, action: Callable[[Runtime], None]) -> None:
         """Run `action` on the runtime's loop; dropped when there is none, since then nothing is alive."""
@@ -152,7 +171,8 @@ class Host:
         if thread.is_alive():
             logger.warning("the engine did not end within %s s", STOP_SECONDS)
 
-    def _start(self) -> None:
+    def start(self) -> None:
+        """Start the thread, unless it runs. Raises as `admit`."""
         with self._lock:
             if self._closed:
                 raise EngineClosed("the process is ending: nothing new is started")
@@ -188,4 +208,19 @@ class Host:
         self._loop = asyncio.get_running_loop()
         runtime = self._make_runtime()
         self._runtime = runtime
-        await runtime.run(ready.set)
+
+        def begin() -> None:
+            if self._sweeps:
+                runtime.perform(_sweep_at_start, concurrent.futures.Future[None]())
+            ready.set()
+
+        with watching(runtime.services.metrics):
+            await runtime.run(begin)
+
+
+async def _sweep_at_start(runtime: Runtime) -> None:
+    """Take up what is overdue in this ledger; what it is busy with may wait for the next pass of a sweeper."""
+    try:
+        await sweep(runtime, stay=True)
+    except WebApiError as error:
+        logger.info("nothing was swept at the start: %s", error)

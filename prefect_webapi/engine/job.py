@@ -82,11 +82,19 @@ class Call:
 
 
 class Job:
-    """One record that this process drives. Changed on the runtime's loop only."""
+    """One record that this process drives. Changed on the runtime's loop only.
+
+    Attributes:
+        is_swept: the sweeper has it driven, although no call waits for it.
+        closes: its record is closed with its end; False: the end waits there for a caller to come back.
+        orphaned: why it ends as soon as it is seen alive: nobody wants it any more.
+    """
 
     __slots__ = (
         "calls",
+        "closes",
         "delete_taken",
+        "delete_tries",
         "ending",
         "grace",
         "handle",
@@ -95,15 +103,18 @@ class Job:
         "is_finishing",
         "is_left",
         "is_sending",
+        "is_swept",
         "last",
         "lease",
         "loaded",
         "missing_since",
+        "orphaned",
         "record",
         "request",
         "scope",
         "steps",
         "timer",
+        "tries",
         "view",
         "watched",
         "writing",
@@ -119,6 +130,7 @@ class Job:
         self.last: PhaseInfo | None = None
         self.lease: Lease | None = record.details.lease
         self.ending: Ending | None = None
+        self.orphaned: Ending | None = None
         self.scope: anyio.CancelScope | None = None
         self.watched: Watched | None = None
         self.missing_since: float | None = None
@@ -130,12 +142,27 @@ class Job:
         self.is_finishing = False
         self.is_left = False
         self.is_sending = False
+        self.is_swept = False
+        self.closes = True
         self.writing = anyio.Lock()
         self.delete_taken = False
+        self.tries = record.details.tries
+        self.delete_tries = record.details.delete_tries
 
     @property
     def is_awaited(self) -> bool:
-        return any(call.is_waiting for call in self.calls)
+        return self.is_swept or any(call.is_waiting for call in self.calls)
+
+    @property
+    def takes_callers(self) -> bool:
+        """Whether who asks for the job now waits for this one, and does not get an attempt of its own."""
+        if self.is_left:
+            return False
+        return self.ending is None or (self.is_swept and self.ending is not self.orphaned)
+
+    @property
+    def is_unwanted(self) -> bool:
+        return self.ending is not None or self.orphaned is not None
 
     @property
     def is_creating(self) -> bool:
@@ -224,7 +251,8 @@ async def _persist(services: Services, job: Job, event: Event, details: dict[str
     state = machine.next_state(old.state, event)
     handle = details.pop("handle", None)
     cancel_reason = details.pop("cancel_reason", None)
-    kept: Details = old.details.model_copy(update={**details, "steps": tuple(job.steps)})
+    known = {"steps": tuple(job.steps), "tries": job.tries, "delete_tries": job.delete_tries}
+    kept: Details = old.details.model_copy(update={**details, **known})
     now = services.clock.now()
     move = Move(
         old=old,

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from datetime import timedelta
 from typing import Any, Protocol
 
-from prefect_webapi.contract.errors import LedgerError, NotFound, RemoteError, Throttled
+from prefect_webapi.contract.errors import NotFound, RemoteError, Throttled
 from prefect_webapi.contract.phase import Phase, PhaseInfo
 from prefect_webapi.contract.plugin import AsyncPlugin
-from prefect_webapi.contract.secrecy import scrub
+from prefect_webapi.engine.calls import Calls
 from prefect_webapi.engine.channels import Channels
 from prefect_webapi.engine.contexts import GetView, StatusView
 from prefect_webapi.engine.faults import fault_point
@@ -50,8 +49,11 @@ class Driver(Protocol):
 class Observer:
     """Judges the observations of all pollers, in the order in which they come."""
 
-    def __init__(self, services: Services, channels: Channels, driver: Driver) -> None:
+    def __init__(
+        self, services: Services, calls: Calls, channels: Channels, driver: Driver
+    ) -> None:
         self._services = services
+        self._calls = calls
         self._channels = channels
         self._driver = driver
 
@@ -95,9 +97,7 @@ class Observer:
         job.missing_since = None
         try:
             over = await self.judge(job, observation.resource)
-        except LedgerError:
-            raise
-        except Exception as failure:  # noqa: BLE001 - whatever an author's status raises counts as a failed read
+        except RemoteError as failure:  # whatever an author's status raises counts as a failed read
             self._read_failed(job, observation, failure)
             return
         if not over:
@@ -107,23 +107,13 @@ class Observer:
         """As `judge` for what create told; an author's mistake leaves the verdict to the reads that follow."""
         try:
             return await self.judge(job, snapshot)
-        except LedgerError:
-            raise
-        except Exception as failure:  # noqa: BLE001 - whatever an author's status raises
-            logger.warning(
-                "status of new job %s failed: %s", job.record.key, self._masked(job, repr(failure))
-            )
+        except RemoteError as failure:
+            logger.warning("a new job %s can't be judged: %s", job.record.key, failure.message)
             return False
 
     async def judge(self, job: Job, snapshot: Any) -> bool:
         """Ask `status` and report what changed; whether the job is over (its end is then under way)."""
-        plugin = self._services.plugins.current(job.loaded).plugin
-        assert isinstance(plugin, AsyncPlugin)
-        info: Any = plugin.status(StatusView(job.view, job.handle, snapshot))
-        if asyncio.iscoroutine(info):
-            info = await info
-        if not isinstance(info, PhaseInfo):
-            raise TypeError(f"status returned {type(info).__name__}, it must return a PhaseInfo")
+        info = await self._calls.status(job.loaded, StatusView(job.view, job.handle, snapshot))
         if info.phase.is_terminal:
             fault_point("KP-13")
             if info.cleanup_on_failure and job.record.state is JobState.CREATED:
@@ -137,13 +127,11 @@ class Observer:
             return True
         if job.record.state is JobState.CANCELLING and not job.is_deleting:
             self._driver.delete(job)
+        elif job.orphaned is not None and job.record.state is JobState.CREATED:
+            self._driver.end(job, job.orphaned)
         if info.phase is not Phase.UNDEFINED and job.record.state is JobState.CREATED:
             self._report(job, info)
         return False
-
-    def _masked(self, job: Job, text: str) -> str:
-        """An author's words without the connection's secrets."""
-        return scrub(text, self._services.plugins.current(job.loaded).connection.value)
 
     def _report(self, job: Job, info: PhaseInfo) -> None:
         """Tell people of news; an older answer never takes a phase back."""
@@ -192,7 +180,7 @@ class Observer:
         poller = self._channels.of(job.loaded).poller
         failures = observation.watched.failures + 1
         code = error.code if isinstance(error, RemoteError) else type(error).__name__
-        told = error.message if isinstance(error, RemoteError) else self._masked(job, str(error))
+        told = error.message if isinstance(error, RemoteError) else str(error)
         self._services.metrics.count("sync_errors_total", plugin=job.record.plugin)
         logger.debug("read %s of job %s failed: %s", failures, job.record.key, code)
         bound = job.loaded.config.caching.max_system_failures

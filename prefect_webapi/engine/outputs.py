@@ -76,6 +76,9 @@ async def collect(
         return Collected(
             PhaseInfo.failure("OutputsInvalid", f"the result has no JSON form: {error}")
         )
+    mask = job.loaded.mask
+    if mask.hits(data.decode()):  # the service echoed it
+        data = to_json(mask.data(json.loads(data)))
     limit = job.loaded.settings.max_dataset_size_bytes
     if limit >= 0 and len(data) > limit:
         return Collected(

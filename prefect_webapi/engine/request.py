@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import datetime, timedelta
+from enum import Enum
 from typing import Any, Literal, Protocol
 
 from prefect_webapi.contract.config import EngineSettings
@@ -15,11 +16,14 @@ from prefect_webapi.ledger.records import Record
 
 __all__ = [
     "Caller",
+    "Fate",
     "JobRequest",
     "Outcome",
     "OutputStore",
     "Overrides",
     "Reporter",
+    "RunState",
+    "Runs",
     "Secrets",
 ]
 
@@ -120,6 +124,42 @@ class Reporter(Protocol):
 
     def cancelling(self, record: Record, reason: str) -> None:
         """A delete is on its way."""
+        ...
+
+
+class RunState(Enum):
+    """What the state of an owner's run means for its jobs."""
+
+    RUNNING = "running"  # or about to run: its process may be dead without anybody knowing
+    RESTING = "resting"  # scheduled or paused: it will go on without help
+    CANCELLED = "cancelled"  # or being cancelled
+    FINAL = "final"
+    MISSING = "missing"  # deleted
+
+
+@dataclass(frozen=True, slots=True)
+class Fate:
+    """How a run stands.
+
+    Attributes:
+        name: of its state, for people.
+        since: when it came into that state; None where that can't be known.
+    """
+
+    state: RunState
+    name: str = ""
+    since: datetime | None = None
+
+
+class Runs(Protocol):
+    """Knows the runs that own jobs."""
+
+    async def fates(self, flows: Collection[str], tasks: Collection[str], /) -> Mapping[str, Fate]:
+        """How these flow runs and task runs stand, by id.
+
+        Raises:
+            WebApiError: that can't be found out now.
+        """
         ...
 
 

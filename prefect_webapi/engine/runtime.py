@@ -7,13 +7,14 @@ between it is an entry of a poller and costs no task. One way in (`admit`), one 
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import logging
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import anyio
 import anyio.abc
@@ -30,12 +31,12 @@ from prefect_webapi.contract.keys import (
 )
 from prefect_webapi.contract.phase import Phase, PhaseInfo
 from prefect_webapi.engine.adapters import handle_adapter
-from prefect_webapi.engine.calls import Calls, guarantee, is_sync
+from prefect_webapi.engine.calls import Calls, can_clear_up, is_sync
 from prefect_webapi.engine.cancel import ask_to_end
 from prefect_webapi.engine.channels import Channel, Channels
 from prefect_webapi.engine.drafts import conflict, draft_for, view_for
 from prefect_webapi.engine.faults import fault_point
-from prefect_webapi.engine.handover import Others, take_over
+from prefect_webapi.engine.handover import Others, release, request_of, take_over
 from prefect_webapi.engine.job import Call, Ending, Job, persist
 from prefect_webapi.engine.liveness import BEAT_EVERY
 from prefect_webapi.engine.machine import Event
@@ -64,6 +65,8 @@ from prefect_webapi.registry import Loaded
 __all__ = ["Runtime"]
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 OBSERVATIONS = 1_000
 """Observations that may wait for the runtime; more of them make the pollers wait."""
@@ -107,7 +110,7 @@ class Runtime:
             sender, seen = anyio.create_memory_object_stream[Observation](OBSERVATIONS)
             async with sender, seen, services.quotas, anyio.create_task_group() as self._tasks:
                 self._channels = Channels(services, self._calls, self._tasks, sender.send)
-                self._observer = Observer(services, self._channels, self)
+                self._observer = Observer(services, self._calls, self._channels, self)
                 self._tasks.start_soon(self._read_mail)
                 self._tasks.start_soon(self._observe, seen)
                 self._tasks.start_soon(self._keep_house)
@@ -174,6 +177,78 @@ class Runtime:
         self._entering.add(call)
         self._tasks.start_soon(self._enter, call)
 
+    @property
+    def services(self) -> Services:
+        return self._services
+
+    @property
+    def me(self) -> RuntimeRow:
+        return self._me
+
+    def drives(self, key: JobKey) -> bool:
+        """Whether this process looks after the job now."""
+        return key in self._jobs
+
+    def has_seen(self, key: JobKey) -> bool:
+        """Whether the service has told this process how the job stands."""
+        job = self._jobs.get(key)
+        return job is not None and job.last is not None
+
+    async def adopt(
+        self, record: Record, loaded: Loaded, orphaned: Ending | None = None, *, closes: bool = True
+    ) -> bool:
+        """Drive a job that no process drives, although no call waits for it: the sweeper's door.
+
+        Args:
+            orphaned: why it shall end if it is seen alive; None: it is looked after as any other.
+            closes: nobody will come back for its end.
+
+        Returns:
+            False: another process was first.
+        """
+        if self.drives(record.key):
+            return False
+        channel = await self._channels.open(loaded)
+        taken = await take_over(self._services, record)
+        if taken is None:
+            return False
+        request = request_of(taken, loaded)
+        job = Job(taken, request, loaded, view_for(self._services, loaded, request, taken))
+        job.is_swept, job.orphaned, job.closes = True, orphaned, closes
+        await self._drive(job, channel, made=False)
+        return True
+
+    async def give_up(self, key: JobKey) -> None:
+        """Look after a job that was adopted no longer, unless a call has come to wait for it."""
+        job = self._jobs.get(key)
+        if job is not None and job.is_swept:
+            job.leave()
+            await self._part(job)
+
+    async def repair_slots(self) -> Mapping[str, int]:
+        """Look for what dead holders have leaked, of every limit in the ledger; how much was given back, by limit."""
+        if not self._services.owns_limits:
+            return {}
+        names = [row.name for row in await self._services.store.quotas()]
+        return (await self._channels.repair(names)).given
+
+    def perform(
+        self, work: Callable[[Runtime], Awaitable[T]], done: concurrent.futures.Future[T]
+    ) -> None:
+        """Do some work on this loop; its result goes to `done`, which is bound to no loop."""
+        self._tasks.start_soon(self._perform, work, done)
+
+    async def _perform(
+        self, work: Callable[[Runtime], Awaitable[T]], done: concurrent.futures.Future[T]
+    ) -> None:
+        try:
+            done.set_result(await work(self))
+        except Exception as error:  # noqa: BLE001 - it is raised where `done` is waited for
+            done.set_exception(error)
+        finally:
+            if not done.done():
+                done.set_exception(EngineClosed("the process is ending"))
+
     def cancel(self, call: Call, reason: str) -> None:
         """This call no longer wants its job. The job ends unless another call waits for it."""
         self._end_call(call, Ending(reason))
@@ -205,6 +280,7 @@ class Runtime:
             job.leave()
             if job.watched is not None:
                 self._let_go(job)
+                self._tasks.start_soon(self._release, job)
 
     def _end_call(self, call: Call, ending: Ending) -> None:
         if not call.is_waiting:
@@ -246,7 +322,7 @@ class Runtime:
             if record.fingerprint != draft.fingerprint:
                 raise conflict(record)
             known = self._jobs.get(record.key)
-            if known is not None and known.ending is None and not known.is_left:
+            if known is not None and known.takes_callers:
                 self._attach(call, known)
                 return
             if known is not None:  # it ends; then this call gets an attempt of its own
@@ -272,11 +348,13 @@ class Runtime:
                     continue
                 record = taken
             view = view_for(services, loaded, request, record)
-            await self._drive(call, Job(record, request, loaded, view), channel, made=drawn.made)
+            job = Job(record, request, loaded, view)
+            await self._drive(job, channel, made=drawn.made, call=call)
             return
 
     def _attach(self, call: Call, job: Job) -> None:
         job.calls.append(call)
+        job.is_swept, job.orphaned, job.closes = False, None, True  # somebody wants it
         self._entering.discard(call)
         ended = self._ended.pop(call, None)
         if ended is not None:
@@ -284,10 +362,13 @@ class Runtime:
 
     # --- driving -----------------------------------------------------------------------------
 
-    async def _drive(self, call: Call, job: Job, channel: Channel, *, made: bool) -> None:
+    async def _drive(
+        self, job: Job, channel: Channel, *, made: bool, call: Call | None = None
+    ) -> None:
         """From a record to the end, or to the poller."""
         self._jobs[job.record.key] = job
-        self._attach(call, job)
+        if call is not None:
+            self._attach(call, job)
         if not made and job.record.cancel_reason and job.record.state is not JobState.CANCELLING:
             self.end(job, Ending(job.record.cancel_reason))
         self._set_deadline(job)
@@ -347,10 +428,10 @@ class Runtime:
                 else:
                     self._observer.watch(job)
                 return
-            case JobState.SUSPECT if guarantee(job.loaded) == "at-most-once":
+            case JobState.SUSPECT if not can_clear_up(job.loaded):
                 info = job.record.details.phase or outcome_unknown(job, "an earlier run sent it")
                 self._deliver(job, info)
-                self._let_go(job)
+                await self._part(job)
                 return
             case _:
                 pass
@@ -373,12 +454,12 @@ class Runtime:
                 await self._give_up(job)
             case Stuck(info=info):
                 self._deliver(job, info)
-                self._let_go(job)
+                await self._part(job)
 
     async def _give_up(self, job: Job) -> None:
         """No longer wanted before anything was sent; or left, then the record stays as it is."""
         if job.ending is None:
-            self._let_go(job)
+            await self._part(job)
             return
         await self._finish(job, PhaseInfo.undefined(), event=_nothing_sent(job.record.state))
 
@@ -392,12 +473,12 @@ class Runtime:
         if job.handle is None:
             stuck = await without_handle(self._services, job)
             self._deliver(job, stuck.info)
-            self._let_go(job)
+            await self._part(job)
             return
         if job.ending is not None:
             await self._delete(job)
         elif job.is_left:
-            self._let_go(job)
+            await self._part(job)
         else:
             fault_point("KP-10")
             self._observer.watch(job)
@@ -473,6 +554,7 @@ class Runtime:
         """The attempt is over, the job is not: the next attempt takes it up."""
         self._deliver(job, info)
         self._let_go(job)
+        self._tasks.start_soon(self._release, job)
 
     def delete(self, job: Job) -> None:
         """The job lives and shall not."""
@@ -533,7 +615,11 @@ class Runtime:
         if final is info and not was_ending:
             job.ending = None  # it was seen over before anybody wanted that
         if job.ending is not None:
-            final = job.ending.final(info if info.phase is not Phase.UNDEFINED else None)
+            final = _with_links(
+                job.ending.final(info if info.phase is not Phase.UNDEFINED else None),
+                info,
+                job.last,
+            )
         job.note(final.phase.name, final.info.occurred_at or services.clock.now(), final.reason)
         await persist(
             services,
@@ -542,9 +628,13 @@ class Runtime:
             phase=final,
             outputs=collected.outputs,
             stopped_by_us=job.ending is not None,
+            spec=None,
             last_error=final.reason if final.phase is not Phase.SUCCESS else None,
         )
         fault_point("KP-17")
+        if not job.closes:
+            self._let_go(job)
+            return
         if final.phase is not Phase.SUCCESS:
             # A failure counts as told before it is told: only so does the next call make a new attempt.
             with suppress(LedgerConflict):  # another process told it: so do we
@@ -562,7 +652,8 @@ class Runtime:
 
     def _let_go(self, job: Job) -> None:
         """Forget a job in memory; its place is given back only if it is over. The ledger keeps the rest."""
-        self._jobs.pop(job.record.key, None)
+        if self._jobs.get(job.record.key) is job:
+            del self._jobs[job.record.key]
         job.stop_timers()
         self._observer.forget(job)
         if job.holds_capacity:
@@ -571,6 +662,19 @@ class Runtime:
         if job.record.quotas and job.record.state.is_over:
             self._services.quotas.release(job.record.quotas, job.slot, weight=job.record.weight)
             job.lease = None
+
+    async def _part(self, job: Job) -> None:
+        """Let go of a job that is not over, and say so: whoever wants it, or the sweeper, may take it at once."""
+        self._let_go(job)
+        await self._release(job)
+
+    async def _release(self, job: Job) -> None:
+        if self._closing or job.record.state.is_over:
+            return  # a process that has ended drives nothing
+        if (slot := job.slot) is not None:
+            self._services.quotas.forget(slot)
+        with suppress(LedgerError):  # then it counts as ours for as long as this process lives
+            await release(self._services, job.record)
 
     def _deliver(self, job: Job, info: PhaseInfo, value: Any = None) -> None:
         outcome = self._outcome(job.record, job.loaded, info, value, stopped=job.ending is not None)
@@ -639,6 +743,14 @@ class Runtime:
         for plugin in {channel.loaded.entry.id for channel in self._channels}:
             self._services.metrics.set("tracked_jobs", tracked[plugin], plugin=plugin)
             self._services.metrics.set("pending_cancels", ending[plugin], plugin=plugin)
+
+
+def _with_links(final: PhaseInfo, *seen: PhaseInfo | None) -> PhaseInfo:
+    """The phase with the job's links as the service told them last."""
+    logs = next((info.info.logs for info in seen if info and info.info.logs), ())
+    if not logs or final.info.logs:
+        return final
+    return final.model_copy(update={"info": final.info.model_copy(update={"logs": logs})})
 
 
 def _nothing_sent(state: JobState) -> Event:

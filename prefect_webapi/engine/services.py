@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from prefect_webapi.clock import Clock
+from prefect_webapi.contract.config import EngineSettings
 from prefect_webapi.engine.liveness import Pulse
-from prefect_webapi.engine.request import OutputStore, Secrets
+from prefect_webapi.engine.request import OutputStore, Runs, Secrets
 from prefect_webapi.ledger.store import Store
 from prefect_webapi.limiter import Gates
 from prefect_webapi.metrics import Metrics
@@ -22,6 +23,7 @@ class Services:
 
     Attributes:
         runtime_id: names this process.
+        settings: the process's own, for what belongs to no connection.
         pulse: tells whether our jobs can be somebody else's by now.
         owns_limits: everybody who uses our quotas' limits shares this ledger, so that slots which it
             does not know have leaked.
@@ -36,5 +38,7 @@ class Services:
     secrets: Secrets
     outputs: OutputStore
     metrics: Metrics
+    runs: Runs
+    settings: EngineSettings = field(default_factory=EngineSettings)
     pulse: Pulse = field(default_factory=Pulse)
     owns_limits: bool = False

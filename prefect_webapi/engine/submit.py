@@ -77,6 +77,10 @@ class GivenUp:
     """No longer wanted before anything can have reached the service."""
 
 
+class _SearchFailed(Exception):
+    """Whether a create that was sent made its job could not be found out."""
+
+
 Submitted = Alive | Refused | Stuck | Answered | GivenUp
 
 
@@ -105,7 +109,12 @@ async def submit(services: Services, calls: Calls, job: Job, *, unsent: bool) ->
         return GivenUp()
     if is_sync(job.loaded):
         return await _do(services, calls, job, unsent=unsent)
-    return await _create(services, calls, job, unsent=unsent)
+    try:
+        return await _create(services, calls, job, unsent=unsent)
+    except _SearchFailed as failed:
+        info = outcome_unknown(job, f"the search for it failed too: {failed}")
+        await _note_stuck(services, job, info)
+        return Stuck(info)
 
 
 async def _take_place(services: Services, job: Job) -> None:
@@ -162,21 +171,23 @@ async def _create(services: Services, calls: Calls, job: Job, *, unsent: bool) -
     plugin = loaded.plugin
     assert isinstance(plugin, AsyncPlugin)
     can_find = overrides(plugin, "find")
-    tries = job.record.details.tries
     if not unsent:
+        job.tries = max(job.tries, 1)
         if promise == "at-most-once" and not can_find:
-            if on_unknown == "fail":
+            if on_unknown == "fail" or job.is_unwanted:
                 info = outcome_unknown(job, "the process that sent it has ended")
                 await _note_stuck(services, job, info)
                 return Stuck(info)
             logger.warning(
                 "create of job %s is sent again: a duplicate is accepted", job.record.key
             )
-        elif can_find and (promise != "key" or job.ending is not None):
+        elif can_find and (promise != "key" or job.is_unwanted):
             found = await _find(services, calls, job)
             if found is not None:
                 return await _adopt(services, calls, job, found)
             unsent = True  # it would be visible by now
+            if job.orphaned is not None:
+                job.end(job.orphaned)
     failed = 0
     while True:
         if not await job.unless_ending(partial(calls.permit, loaded, "write")):
@@ -193,11 +204,11 @@ async def _create(services: Services, calls: Calls, job: Job, *, unsent: bool) -
                 return GivenUp()
             # Only the key can tell: the repetition answers with the job, and then it is deleted.
             await calls.permit(loaded, "write")
-        tries += 1
-        if job.record.state is not JobState.CREATING or tries > 1:
-            await persist(services, job, Event.SENDING, tries=tries)
+        job.tries += 1
+        if job.record.state is not JobState.CREATING or job.tries > 1:
+            await persist(services, job, Event.SENDING)
         fault_point("KP-06")
-        await _be_sure(services, job, tries)
+        await _be_sure(services, job)
         try:
             made = await calls.create(loaded, job.view)
         except RemoteError as error:
@@ -250,14 +261,14 @@ async def _create(services: Services, calls: Calls, job: Job, *, unsent: bool) -
             return await _adopt(services, calls, job, made)
 
 
-async def _be_sure(services: Services, job: Job, tries: int) -> None:
+async def _be_sure(services: Services, job: Job) -> None:
     """Ask the ledger once more whether the job is ours, if another process may have taken us for dead.
 
     Raises:
         LedgerConflict: it did; nothing was sent.
     """
     if not services.pulse.is_fresh(services.clock.now()):
-        await persist(services, job, Event.SENDING, tries=tries)
+        await persist(services, job, Event.SENDING)
 
 
 async def _note_stuck(services: Services, job: Job, info: PhaseInfo) -> None:
@@ -276,12 +287,13 @@ async def _adopt(
             return Alive(made.resource)  # a job that is over already needs none
         return await without_handle(services, job)
     try:
-        text = handle_adapter(job.loaded).dump_json(made.resource_meta).decode()
+        text = _storable(job, made.resource_meta)
     except ValueError as error:
         job.handle = made.resource_meta
         await _undo(calls, job, "its handle can't be stored")
         told = (
-            f"the handle that create returned can't be stored ({error}); the job was asked to end"
+            f"the handle that create of plugin {job.record.plugin!r} returned can't be stored ({error}); the job was "
+            "asked to end"
         )
         info = PhaseInfo.system_failure("HandleNotStorable", told)
         await _note_stuck(services, job, info)
@@ -298,6 +310,16 @@ async def _adopt(
     return Alive(made.resource)
 
 
+def _storable(job: Job, handle: Any) -> str:
+    """The handle as the ledger keeps it. Raises ValueError."""
+    adapter = handle_adapter(job.loaded)
+    text = adapter.dump_json(handle, warnings="error").decode()
+    if job.loaded.mask.hits(text):
+        raise ValueError("it holds a secret of the connection")
+    adapter.validate_json(text)
+    return text
+
+
 async def _undo(calls: Calls, job: Job, reason: str) -> None:
     """A job that can't be remembered must not run on: it is ended while its handle is known."""
     try:
@@ -307,7 +329,7 @@ async def _undo(calls: Calls, job: Job, reason: str) -> None:
         logger.critical(
             "job %s runs and could be neither remembered nor ended: handle %s: %s",
             job.record.key,
-            job.handle,
+            job.loaded.mask(str(job.handle)),
             error.message,
         )
 
@@ -354,7 +376,10 @@ async def _find(services: Services, calls: Calls, job: Job) -> CreateResult[Any,
     """Look for the job until it would be visible; None: there is none.
 
     A service may need its visibility delay before it shows a new job, so "not found" is believed only when that
-    time has passed since create was last sent.
+    time has passed since create was last sent. A search that fails says nothing.
+
+    Raises:
+        _SearchFailed: it failed as often as a create may.
     """
     plugin = job.loaded.plugin
     assert isinstance(plugin, AsyncPlugin)
@@ -362,17 +387,22 @@ async def _find(services: Services, calls: Calls, job: Job) -> CreateResult[Any,
     visible = job.record.updated_at + (
         delay if delay is not None else job.loaded.settings.visibility_delay
     )
-    pause = FIND_FIRST_DELAY
+    settings = job.loaded.settings
+    pause, failed = FIND_FIRST_DELAY, 0
     while True:
         try:
             found = await calls.find(job.loaded, job.view)
         except NotFound:
-            found = None
+            found, failed = None, 0
         except RemoteError as error:
             logger.info("find of job %s failed: %s", job.record.key, error.message)
-        else:
-            if found is not None:
-                return found
+            failed += 1
+            if failed >= settings.max_create_attempts and services.clock.now() >= visible:
+                raise _SearchFailed(error.message) from error
+            await services.clock.sleep(back_off(failed, settings.retry_base, settings.retry_cap))
+            continue
+        if found is not None:
+            return found
         left = (visible - services.clock.now()).total_seconds()
         if left <= 0:
             return None
@@ -385,18 +415,17 @@ async def _do(services: Services, calls: Calls, job: Job, *, unsent: bool) -> Su
     loaded = job.loaded
     settings = loaded.settings
     promise = guarantee(loaded)
-    tries = job.record.details.tries
     if not unsent and promise == "at-most-once":
         return _do_unknown("the process that sent it has ended")
     failed = 0
     while True:
         if not await job.unless_ending(partial(calls.permit, loaded, "write")):
             return GivenUp()
-        tries += 1
-        if job.record.state is not JobState.CREATING or tries > 1:
-            await persist(services, job, Event.SENDING, tries=tries)
+        job.tries += 1
+        if job.record.state is not JobState.CREATING or job.tries > 1:
+            await persist(services, job, Event.SENDING)
         fault_point("KP-38")
-        await _be_sure(services, job, tries)
+        await _be_sure(services, job)
         try:
             answer: list[PhaseInfo] = []
             wanted = await job.unless_ending(partial(_send, calls, job, answer), sends=True)

@@ -495,7 +495,7 @@ async def test_an_owner_that_slept_loses_to_its_successor_and_stops_quietly(
 async def test_a_handle_that_can_not_be_written_down_is_kept_or_its_job_ended(
     job_server: EmbeddedJobServer, tmp_path: Path, each_ledger: str, is_mended: bool
 ) -> None:
-    """KP-35: the ledger's table is away when create answers; for two minutes it is asked again."""
+    """KP-35, CASE-195: the ledger's table is away when create answers; for two minutes it is asked again."""
     spec = ReportJob(seconds=0.1, result="kept") if is_mended else ENDLESS[0]
     gone = threading.Event()
 

