@@ -30,7 +30,17 @@ from prefect_webapi.clock import Clock
 from prefect_webapi.contract.errors import ConfigurationError, WebApiError
 from prefect_webapi.metrics import Metrics
 
-__all__ = ["Busy", "Quotas", "SlotLease", "Slots", "SlotsUnavailable", "Waiting", "repair"]
+__all__ = [
+    "Busy",
+    "Count",
+    "Quotas",
+    "Repair",
+    "SlotLease",
+    "Slots",
+    "SlotsUnavailable",
+    "Waiting",
+    "repair",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -125,6 +135,26 @@ class Slots(Protocol):
     async def active(self, name: str) -> int:
         """How many slots the server counts as taken; 0 for a limit that does not exist."""
         ...
+
+
+class Count(Protocol):
+    """What the ledger knows of slots."""
+
+    async def held(self, name: str) -> int:
+        """How many slots of a limit jobs of the ledger have, or may have."""
+        ...
+
+    async def note_surplus(self, name: str, slots: int, at: datetime, since: datetime) -> int:
+        """Remember what is counted beyond them; how many are to be given back now: see `ledger.store.Store`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Repair:
+    """Slots by limit: `given` back, and `waiting` for a later look that finds them again."""
+
+    given: Mapping[str, int]
+    waiting: Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -384,14 +414,17 @@ class Quotas:
 
     # --- the queue ---------------------------------------------------------------------------
 
-    async def repair(
-        self, names: Iterable[str], held: Callable[[str], Awaitable[int]]
-    ) -> dict[str, int]:
-        """Give leaked slots back: see the function `repair`."""
+    @property
+    def look_again_after(self) -> float:
+        """Seconds after which a second look for leaked slots may give some back."""
+        return self._real(self._seconds + SECOND_LOOK_SECONDS)
+
+    async def repair(self, names: Iterable[str], ledger: Count) -> Repair:
+        """Look for leaked slots: see the function `repair`."""
         return await repair(
             self._slots,
             names,
-            held,
+            ledger,
             clock=self._clock,
             metrics=self._metrics,
             lease=timedelta(seconds=self._seconds),
@@ -704,55 +737,50 @@ SECOND_LOOK_SECONDS = 30.0
 async def repair(
     slots: Slots,
     names: Iterable[str],
-    held: Callable[[str], Awaitable[int]],
+    ledger: Count,
     *,
     clock: Clock,
     metrics: Metrics,
     lease: timedelta = timedelta(seconds=120),
-) -> dict[str, int]:
-    """Give back slots that the server counts and nobody holds: their holder and their lease are both gone.
+) -> Repair:
+    """Look for slots that the server counts and nobody holds, as their holder and their lease are both gone.
 
-    A surplus must be there twice, a lease and half a minute apart: by then every lease that nobody renews
-    has lapsed. Takes that long if there is a surplus at all. Only where everybody who uses these limits
-    shares one ledger: slots of others look like a surplus.
+    A surplus is given back once it was there at every look of a lease and half a minute: by then every lease that
+    nobody renews has lapsed. The ledger remembers it between the looks, whoever makes them, and hands it to one of
+    them: a process that dies then gives nothing back, and the next looks find it again. Only where everybody who
+    uses these limits shares one ledger: slots of others look like a surplus.
 
     Args:
         names: limits to look at; those not named ``webapi:…`` are left alone.
-        held: how many slots of a limit jobs of the ledger have, or may have.
-
-    Returns:
-        Slots given back, by limit.
     """
-    surplus = {
-        name: extra
-        for name in names
-        if name.startswith(OURS) and (extra := await _surplus(slots, name, held, clock))
-    }
-    repaired: dict[str, int] = {}
-    if not surplus:
-        return repaired
-    await clock.sleep((lease.total_seconds() + SECOND_LOOK_SECONDS) * clock.speed)
-    for name, before in surplus.items():
-        leaked = min(before, await _surplus(slots, name, held, clock))
+    settled = timedelta(seconds=(lease.total_seconds() + SECOND_LOOK_SECONDS) * clock.speed)
+    given: dict[str, int] = {}
+    waiting: dict[str, int] = {}
+    for name in names:
+        if not name.startswith(OURS):
+            continue
+        extra = await _surplus(slots, name, ledger, clock)
+        now = clock.now()
+        leaked = await ledger.note_surplus(name, extra, now, now - settled)
         if leaked:
             await slots.give_back(name, leaked)
-            repaired[name] = leaked
+            given[name] = leaked
             metrics.count("repaired_slots_total", leaked, plugin=_plugin_of([name]))
             logger.warning("gave %d leaked slots of %s back", leaked, name)
-    return repaired
+        elif extra:
+            waiting[name] = extra
+    return Repair(given, waiting)
 
 
-async def _surplus(
-    slots: Slots, name: str, held: Callable[[str], Awaitable[int]], clock: Clock
-) -> int:
+async def _surplus(slots: Slots, name: str, ledger: Count, clock: Clock) -> int:
     """The smallest surplus of a few looks: places change hands while we look."""
     least = 0
     for look in range(LOOKS):
         if look:
             await clock.sleep(clock.speed)
-        before = await held(name)
+        before = await ledger.held(name)
         active = await slots.active(name)
-        extra = max(0, active - max(before, await held(name)))
+        extra = max(0, active - max(before, await ledger.held(name)))
         least = extra if look == 0 else min(least, extra)
         if not least:
             break

@@ -24,11 +24,13 @@ from prefect_webapi.metrics import Metrics
 from prefect_webapi.quotas import (
     Busy,
     Quotas,
+    Repair,
     SlotLease,
     SlotsUnavailable,
     Waiting,
     repair,
 )
+from tests.support.leaks import GivenCount
 from tests.support.virtualtime import LoopClock, run
 
 NAME = "webapi:jobs:prod:default"
@@ -865,39 +867,52 @@ def test_who_lets_others_go_first_asks_for_no_slot_and_says_that_he_waits() -> N
     run(scenario())
 
 
-async def no_jobs(name: str) -> int:
-    return 0
-
-
 def test_a_surplus_that_stays_is_given_back_and_one_that_goes_is_not() -> None:
-    """CASE-131: slots leaked by a server's restart and the holder's death."""
+    """CASE-131, CASE-286: slots leaked by a server's restart and the holder's death; no pass waits for the next."""
 
     async def scenario() -> None:
-        server = Server()
+        server, count = Server(), GivenCount({NAME: 1})
         metrics = Metrics(CollectorRegistry())
         other = "webapi:jobs:prod:other"
-        for name in (NAME, other, "tag:theirs"):
+        names = [NAME, other, "tag:theirs", "webapi:gone"]
+        for name in names[:3]:
             await server.ensure(name, 10)
         server.taken = {NAME: 3, other: 0, "tag:theirs": 5}
         await server.acquire([NAME], 2, "", 120)  # of a process that died: lapses
         await server.acquire([other], 1, "", 120)
 
-        async def held(name: str) -> int:
-            return 1 if name == NAME else 0
+        async def one_pass() -> Repair:
+            began = server.clock.monotonic()
+            done = await repair(server, names, count, clock=server.clock, metrics=metrics)
+            assert server.clock.monotonic() - began < 5
+            return done
 
-        assert await repair(
-            server,
-            [NAME, other, "tag:theirs", "webapi:gone"],
-            held,
-            clock=server.clock,
-            metrics=metrics,
-        ) == {NAME: 2}
+        assert await one_pass() == Repair({}, {NAME: 4, other: 1})
+        await server.clock.sleep(60)
+        assert await one_pass() == Repair({}, {NAME: 4, other: 1})
+        await server.clock.sleep(95)
+        assert await one_pass() == Repair({NAME: 2}, {})
         assert server.taken == {NAME: 1, other: 0, "tag:theirs": 5}
         assert metrics.value("repaired_slots_total", plugin="jobs") == 2
-        began = server.clock.monotonic()
-        again = await repair(server, [other], no_jobs, clock=server.clock, metrics=metrics)
-        assert again == {}
-        assert server.clock.monotonic() - began < 1  # no surplus, no wait
+        assert await one_pass() == Repair({}, {})
+
+    run(scenario())
+
+
+def test_of_a_surplus_that_shrinks_the_smallest_counts_and_one_that_was_gone_begins_anew() -> None:
+    """CASE-286."""
+
+    async def scenario() -> None:
+        server, count = Server(), GivenCount()
+        metrics = Metrics(CollectorRegistry())
+        await server.ensure(NAME, 10)
+        told: list[dict[str, int]] = []
+        for taken in (3, 1, 3, 0, 3, 3):
+            server.taken[NAME] = taken
+            done = await repair(server, [NAME], count, clock=server.clock, metrics=metrics)
+            told.append(dict(done.given))
+            await server.clock.sleep(80)
+        assert told == [{}, {}, {NAME: 1}, {}, {}, {}]
 
     run(scenario())
 
@@ -908,6 +923,11 @@ def test_places_that_change_hands_while_we_look_are_no_surplus() -> None:
     async def scenario() -> None:
         server = Server()
         ledger = Ledger()
+
+        class Counted(GivenCount):
+            async def held(self, name: str) -> int:
+                return ledger.live
+
         async with open_quotas(server, limit=3) as quotas, anyio.create_task_group() as group:
 
             async def jobs() -> None:
@@ -919,15 +939,13 @@ def test_places_that_change_hands_while_we_look_are_no_surplus() -> None:
                     ledger.live -= 1
                     quotas.release([NAME], lease, weight=1)
 
-            async def held(name: str) -> int:
-                return ledger.live
-
             for _ in range(8):
                 group.start_soon(jobs)
-            metrics = Metrics(CollectorRegistry())
+            metrics, count = Metrics(CollectorRegistry()), Counted()
             for _ in range(20):
-                done = await repair(server, [NAME], held, clock=server.clock, metrics=metrics)
-                assert done == {}
+                done = await repair(server, [NAME], count, clock=server.clock, metrics=metrics)
+                assert done.given == {}
+                await server.clock.sleep(10)
             group.cancel_scope.cancel()
 
     run(scenario())

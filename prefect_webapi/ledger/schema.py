@@ -41,9 +41,9 @@ __all__ = [
     "job",
     "metadata",
 ]
-__all__ += ["look_at", "migrations", "queue", "quota", "runtime"]
+__all__ += ["look_at", "migrations", "queue", "quota", "rate", "runtime", "surplus"]
 
-REVISION = "0002"
+REVISION = "0003"
 """The newest revision in `migrations/versions`; a test compares both."""
 
 VERSION_TABLE = "webapi_schema_version"
@@ -148,6 +148,24 @@ queue = Table(
     Column("runtime", Text, primary_key=True),
     Column("quotas", Text, primary_key=True),
     Column("asked_at", BigInteger, nullable=False),
+)
+
+# Slots that Prefect counted and nobody held, each time somebody looked since then; gone once they are given back.
+surplus = Table(
+    "webapi_surplus",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("slots", Integer, nullable=False),
+    Column("since", BigInteger, nullable=False),
+    CheckConstraint("slots > 0", name="webapi_surplus_slots"),
+)
+
+# When the next call of a rate that processes share may leave: microseconds of the backend's clock for it.
+rate = Table(
+    "webapi_rate",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("free_at", BigInteger, nullable=False),
 )
 
 runtime = Table(

@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import Any
 
 import anyio
-from sqlalchemy import Connection, Executable, delete, select, text
+from sqlalchemy import Connection, Executable, delete, select, text, update
 
 from prefect_webapi.clock import Clock
 from prefect_webapi.contract.keys import JobKey
@@ -40,6 +40,21 @@ _SET_QUOTA = text(
     "INSERT INTO webapi_quota (name, live, lim) VALUES (:name, 0, :lim)"
     " ON CONFLICT (name) DO UPDATE SET lim = excluded.lim"
 )
+_TAKE_SURPLUS = text(
+    "DELETE FROM webapi_surplus WHERE name = :name AND since <= :before RETURNING slots"
+)
+_SEE_SURPLUS = text(
+    "INSERT INTO webapi_surplus (name, slots, since) VALUES (:name, :slots, :at)"
+    " ON CONFLICT (name) DO UPDATE SET slots = excluded.slots"
+    " WHERE excluded.slots < webapi_surplus.slots"
+)
+_LOCK_RATE = text(
+    "INSERT INTO webapi_rate (name, free_at) VALUES (:name, 0)"
+    " ON CONFLICT (name) DO UPDATE SET free_at = webapi_rate.free_at RETURNING free_at"
+)
+_LONGEST_RESERVATION_SECONDS = 60.0
+"""A turn that is further away was taken before the machine started anew, or its clock was set back."""
+
 _BEAT = text(
     "INSERT INTO webapi_runtime (id, host, pid, born, started, last_beat)"
     " VALUES (:id, :host, :pid, :born, :started, :last_beat)"
@@ -107,6 +122,42 @@ class SqlStore(SqlReader):
 
     async def set_quota(self, name: str, limit: int) -> None:
         await self._execute(_SET_QUOTA, {"name": name, "lim": limit})
+
+    async def note_surplus(self, name: str, slots: int, at: datetime, since: datetime) -> int:
+        def work(conn: Connection) -> int:
+            if not slots:
+                conn.execute(delete(schema.surplus).where(schema.surplus.c.name == name))
+                return 0
+            before = {"name": name, "before": micros(since)}
+            known = conn.execute(_TAKE_SURPLUS, before).scalar()
+            if known is not None:
+                return min(known, slots)
+            conn.execute(_SEE_SURPLUS, {"name": name, "slots": slots, "at": micros(at)})
+            return 0
+
+        return await self._writer.call(work)
+
+    async def reserve(self, name: str, seconds: float) -> float:
+        def work(conn: Connection) -> float:
+            free_at: int = conn.execute(_LOCK_RATE, {"name": name}).scalar_one()
+            now = self._shared_now(conn)
+            wait = max(0.0, free_at / 1e6 - now)
+            if wait > _LONGEST_RESERVATION_SECONDS:
+                wait = 0.0
+            turn = round((now + wait + seconds) * 1e6)
+            at = update(schema.rate).where(schema.rate.c.name == name)
+            conn.execute(at.values(free_at=turn))
+            return wait
+
+        return await self._writer.call(work)
+
+    def _shared_now(self, conn: Connection) -> float:
+        """Real seconds of a clock that all processes on this ledger share."""
+        if conn.dialect.name == "postgresql":
+            return float(
+                conn.execute(text("SELECT extract(epoch FROM clock_timestamp())")).scalar_one()
+            )
+        return self._clock.real(self._clock.monotonic())  # one machine, one count since its start
 
     async def is_next(self, record: Record, at: datetime, *, waits: bool) -> bool:
         mine = {"runtime": record.runtime, "quotas": names_text(record.quotas)}

@@ -104,6 +104,25 @@ class Store(Reader, Protocol):
         """Make or change the row of a limit; its count stays."""
         ...
 
+    async def note_surplus(self, name: str, slots: int, at: datetime, since: datetime) -> int:
+        """Remember that so many slots of a limit are counted and held by nobody; 0: there are none.
+
+        Of all looks the smallest counts.
+
+        Returns:
+            How many have been there at every look since `since` or longer: it is the caller's to give them back,
+            and nobody else's, as they are forgotten here with this.
+        """
+        ...
+
+    async def reserve(self, name: str, seconds: float) -> float:
+        """Take the next turn of a rate that processes share; the one after it is `seconds` later.
+
+        Returns:
+            Real seconds until the turn, 0 or more.
+        """
+        ...
+
     async def is_next(self, record: Record, at: datetime, *, waits: bool) -> bool:
         """Whether a job may ask for its places now: no earlier one, of any process on this ledger, goes first.
 

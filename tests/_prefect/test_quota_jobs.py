@@ -7,7 +7,7 @@ import logging
 import re
 import signal
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,23 +21,23 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.objects import TaskRun
 from prefect.context import FlowRunContext
 from prefect.exceptions import ObjectNotFound
-from prometheus_client import CollectorRegistry
 
 from prefect_webapi import Phase
 from prefect_webapi._prefect.slots import PrefectSlots
 from prefect_webapi.clock import Clock, use_clock
+from prefect_webapi.engine.channels import LedgerCount
 from prefect_webapi.engine.host import Host, Ticket
 from prefect_webapi.ledger.records import Move, MoveResult
 from prefect_webapi.ledger.sql import SqlStore
-from prefect_webapi.metrics import Metrics
-from prefect_webapi.quotas import repair
 from prefect_webapi.testing import EmbeddedJobServer
 from prefect_webapi_jobserver import Report, ReportJob, run_job
 from tests.support.engine import Told, at, block, engine, request
 from tests.support.engine_child import Work, child
+from tests.support.leaks import given_back
 from tests.support.ledger import another_store, ledger_of
 from tests.support.plugins import ALL
 from tests.support.prefect import PrefectServer, pointed_at, prefect_leaks
+from tests.support.sweeping import swept
 from tests.support.waiting import eventually
 
 
@@ -373,22 +373,10 @@ async def test_a_limit_that_is_gone_or_off_meanwhile_lets_nobody_start(
     assert job_server.stats().peak_live == 2
 
 
-async def give_back_what_leaked(limit: str, ledger: str) -> None:
-    """What the first use of a limit does, and the sweeper."""
-
-    async def held(name: str) -> int:
-        return await places_taken(ledger)
-
-    async with PrefectSlots(Clock()) as slots:
-        metrics = Metrics(CollectorRegistry())
-        await repair(slots, [limit], held, clock=Hurried(), metrics=metrics)
-
-
-class Hurried(Clock):
-    """Does not sit out the lease and half a minute between two looks."""
-
-    async def sleep(self, seconds: float) -> None:
-        return None
+async def give_back_what_leaked(limit: str, ledger: str) -> Mapping[str, int]:
+    """What the first use of a limit does, and the sweeper; by limit."""
+    async with PrefectSlots(Clock()) as slots, another_store(ledger) as store:
+        return await given_back(slots, limit, LedgerCount(store))
 
 
 @pytest.mark.chaos
@@ -474,3 +462,53 @@ async def test_a_process_that_slept_longer_than_its_lease_finds_its_jobs_and_the
     stats = job_server.stats()
     assert (stats.created, stats.peak_live) == (3, 2)
     assert not stats.duplicates
+
+
+@pytest.mark.chaos
+async def test_a_sweeper_gives_back_what_a_restarted_prefect_counts_for_a_dead_holder(
+    own_prefect_server: PrefectServer,
+    each_ledger: str,
+    job_server: EmbeddedJobServer,
+    tmp_path: Path,
+) -> None:
+    """CASE-286: not before the jobs are gone; once, by two sweepers together; and although others wait for them."""
+    server, limit = own_prefect_server, "webapi:keys:default:default"
+    specs = tuple(ReportJob(day=day, outcome="never") for day in range(3))
+    work = Work(
+        folder=tmp_path, server=job_server.url, specs=specs, config=quota(3), prefect=server
+    )
+    with child(work) as holder:
+        await eventually(lambda: job_server.stats().live == 3, within=60)
+        holder.signal(signal.SIGKILL)
+    await asyncio.to_thread(server.kill)
+    await asyncio.to_thread(server.start)
+    with pointed_at(server):
+        assert await taken(limit) == 3
+        assert not await give_back_what_leaked(limit, each_ledger), "the jobs live"
+        await swept(tmp_path, job_server, config=quota(3))
+        assert job_server.stats().live == 0
+        assert (await taken(limit), await places_taken(each_ledger)) == (3, 0)
+        with at(tmp_path, job_server, quota(3), slots=PrefectSlots) as host:
+            told = [Told() for _ in specs]
+            tickets = [
+                host.admit(
+                    request(
+                        ReportJob(day=day, seconds=0.5),
+                        task_type="keys",
+                        run="next",
+                        task_run=f"next {day}",
+                        reporter=each,
+                    )
+                )
+                for day, each in enumerate(told)
+            ]
+            for each in told:
+                await eventually(lambda t=each: "WAITING_FOR_RESOURCES" in t.names, within=20)
+            done = await asyncio.gather(
+                *(give_back_what_leaked(limit, each_ledger) for _ in range(2))
+            )
+            assert sorted(given.get(limit, 0) for given in done) == [0, 3]
+            outcomes = await asyncio.gather(*(ticket.outcome() for ticket in tickets))
+            await eventually(lambda: is_free(limit), within=20)
+    assert all(outcome.info.phase is Phase.SUCCESS for outcome in outcomes)
+    assert (job_server.stats().created, job_server.stats().peak_live) == (6, 3)

@@ -17,7 +17,8 @@ from prometheus_client import CollectorRegistry
 from prefect_webapi._prefect.slots import PrefectSlots
 from prefect_webapi.clock import Clock
 from prefect_webapi.metrics import Metrics
-from prefect_webapi.quotas import Busy, Quotas, SlotLease, SlotsUnavailable, Waiting, repair
+from prefect_webapi.quotas import Busy, Quotas, SlotLease, SlotsUnavailable, Waiting
+from tests.support.leaks import GivenCount, given_back
 from tests.support.prefect import PrefectServer, free_port, pointed_at
 from tests.support.waiting import eventually
 
@@ -54,13 +55,6 @@ async def lease_of(slots: PrefectSlots, name: str, weight: int = 1) -> SlotLease
     answer = await slots.acquire([name], weight, str(uuid.uuid4()), LEASE)
     assert isinstance(answer, SlotLease)
     return answer
-
-
-class Hurried(Clock):
-    """Does not sit out the lease and half a minute between two looks."""
-
-    async def sleep(self, seconds: float) -> None:
-        return None
 
 
 class Later(Clock):
@@ -182,13 +176,7 @@ async def test_a_limit_switched_off_meanwhile_is_on_again_within_a_minute_and_no
         assert f"limit {name} had been off; it was switched on with 2 slots" in caplog.text
         assert await taken(name) == 2
 
-        async def still_held(name: str) -> int:
-            return 1
-
-        metrics = Metrics(CollectorRegistry())
-        assert await repair(slots, [name], still_held, clock=Hurried(), metrics=metrics) == {
-            name: 1
-        }
+        assert await given_back(slots, name, GivenCount({name: 1})) == {name: 1}
         assert await taken(name) == 1
         await slots.release(held.id)
         await slots.release(uncounted.id)
@@ -331,12 +319,7 @@ async def test_slots_that_a_restarted_server_leaked_come_back(
                 await eventually(lambda: changed, within=10)
                 assert await taken(name) == 3
 
-                async def held(name: str) -> int:
-                    return 2
-
-                metrics = Metrics(CollectorRegistry())
-                done = await repair(slots, [name], held, clock=Hurried(), metrics=metrics)
-                assert done == {name: 1}
+                assert await given_back(slots, name, GivenCount({name: 2})) == {name: 1}
                 assert await taken(name) == 2
                 quotas.release([name], fresh, weight=2)
             assert await taken(name) == 0

@@ -21,6 +21,7 @@ from prefect_webapi import (
 )
 from prefect_webapi.clock import Clock
 from prefect_webapi.contract.errors import ConfigurationError, QuotaNotConfigured
+from prefect_webapi.engine.channels import LedgerCount
 from prefect_webapi.engine.host import Host, Ticket
 from prefect_webapi.engine.request import JobRequest
 from prefect_webapi.ledger.records import JobState, Move, MoveResult, QuotaRow
@@ -31,6 +32,7 @@ from prefect_webapi_jobserver import JobServerPlugin, ReportJob
 from prefect_webapi_jobserver.models import JobHandle, JobView
 from tests.support.engine import LocalSlots, Told, at, block, engine, request, run
 from tests.support.engine_child import Work, child
+from tests.support.leaks import given_back
 from tests.support.ledger import another_store, ledger_of
 from tests.support.plugins import ALL, entry
 from tests.support.waiting import eventually
@@ -523,3 +525,81 @@ async def test_a_waiting_job_tells_its_place_and_for_how_long_it_waits(
     assert waits[0] == 0
     assert waits[-1] > 10
     assert len(job_server.log("create")) == 1
+
+
+class LeakySlots(LocalSlots):
+    """Counts slots that a dead process had and whose lease is lost."""
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__(clock)
+        self.leaked = 2
+
+    async def active(self, name: str) -> int:
+        return await super().active(name) + self.leaked
+
+    async def give_back(self, name: str, slots: int) -> None:
+        self.leaked -= slots
+
+
+async def test_slots_that_leaked_come_back_although_as_many_jobs_wait_for_them(
+    job_server: EmbeddedJobServer, tmp_path: Path
+) -> None:
+    """CASE-131, CASE-286: who waits while the ledger has room holds none; else all would wait for ever."""
+    made: list[LeakySlots] = []
+
+    def slots(clock: Clock) -> LeakySlots:
+        made.append(LeakySlots(clock))
+        return made[0]
+
+    limit = "webapi:keys:default:default"
+    with at(tmp_path, job_server, quota(2), slots=slots) as host:
+        told = [Told(), Told()]
+        calls = [
+            asyncio.ensure_future(run(host, ReportJob(day=day, seconds=0.2), reporter=each))
+            for day, each in enumerate(told)
+        ]
+        for each in told:
+            await eventually(lambda t=each: "WAITING_FOR_RESOURCES" in t.names, within=10)
+        assert not job_server.log("create")
+        async with another_store(ledger_of(tmp_path)) as store:
+            assert await given_back(made[0], limit, LedgerCount(store)) == {limit: 2}
+        outcomes = await asyncio.gather(*calls)
+        assert made[0].leaked == 0
+    assert [outcome.info.phase.name for outcome in outcomes] == ["SUCCESS"] * 2
+
+
+async def test_slots_lent_to_a_job_that_the_ledger_has_no_room_for_are_no_leak(
+    job_server: EmbeddedJobServer, tmp_path: Path
+) -> None:
+    """CASE-286: a lease lapsed with its process, its job lives on, and another job has got the slot."""
+    work = Work(
+        folder=tmp_path,
+        server=job_server.url,
+        specs=(ReportJob(outcome="never"),),
+        config=quota(1),
+        execution="dead",
+    )
+    with child(work) as dead:
+        await eventually(lambda: job_server.stats().live == 1, within=30)
+        dead.signal(signal.SIGKILL)
+        dead.ends()
+    limit = "webapi:keys:default:default"
+    made: list[LocalSlots] = []
+
+    def slots(clock: Clock) -> LocalSlots:
+        made.append(LocalSlots(clock))
+        return made[0]
+
+    with at(tmp_path, job_server, quota(1), slots=slots, sweeps=False) as host:
+        told = Told()
+        call = asyncio.ensure_future(
+            run(host, ReportJob(day=1, seconds=0.2), run="other", reporter=told)
+        )
+        await eventually(
+            lambda: "WAITING_FOR_RESOURCES" in told.names and made[0].leases, within=10
+        )
+        async with another_store(ledger_of(tmp_path)) as store:
+            count = LedgerCount(store)
+            assert await count.held(limit) == 2
+            assert await given_back(made[0], limit, count) == {}
+        call.cancel()

@@ -279,3 +279,50 @@ async def test_a_process_that_says_farewell_holds_nobody_up(line: Line) -> None:
     await line.asks_in_vain(early)
     await line.store.farewell(early.runtime)
     assert await line.may_ask(late)
+
+
+SECOND = timedelta(seconds=1)
+
+
+async def test_a_surplus_is_handed_to_one_of_those_who_see_it_long_enough(ledger_url: str) -> None:
+    """CASE-286: two sweepers that look at the same instant don't both give it back; then it is forgotten."""
+    async with another_store(ledger_url) as one, another_store(ledger_url) as two:
+        began = datetime.now(UTC)
+        for store in (one, two):
+            assert await store.note_surplus("limit", 3, began, began - 150 * SECOND) == 0
+        later = began + 149 * SECOND
+        assert await two.note_surplus("limit", 2, later, later - 150 * SECOND) == 0
+        later += SECOND
+        looks = [
+            store.note_surplus("limit", 3, later, later - 150 * SECOND) for store in (one, two) * 10
+        ]
+        assert sorted(await asyncio.gather(*looks)) == [0] * 19 + [2]
+        later += 149 * SECOND
+        assert await one.note_surplus("limit", 3, later, later - 150 * SECOND) == 0
+        later += SECOND
+        assert await one.note_surplus("limit", 0, later, later - 150 * SECOND) == 0
+        assert await one.note_surplus("limit", 3, later, later - 150 * SECOND) == 0
+
+
+async def test_processes_take_turns_of_a_rate_one_after_the_other(ledger_url: str) -> None:
+    """CASE-268: each turn is given once, whoever asks, and nobody saves up turns while nobody calls."""
+    async with another_store(ledger_url) as one, another_store(ledger_url) as two:
+        assert await one.reserve("other", 50.0) == 0.0
+        assert await one.reserve("rate", 5.0) == 0.0
+        began = asyncio.get_running_loop().time()
+        waits = sorted(
+            await asyncio.gather(*(store.reserve("rate", 5.0) for store in (one, two) * 3))
+        )
+        took = asyncio.get_running_loop().time() - began
+        for n, wait in enumerate(waits, start=1):
+            assert 5.0 * n - took - 1 < wait <= 5.0 * n
+
+
+async def test_a_turn_from_before_a_restart_of_the_machine_holds_nobody_up(
+    ledger_url: str,
+) -> None:
+    """CASE-206, CASE-268: a count that began anew, or a clock that was set back, is an hour away."""
+    async with another_store(ledger_url) as store:
+        assert await store.reserve("rate", 3600.0) == 0.0
+        assert await store.reserve("rate", 1.0) == 0.0
+        assert 0.0 < await store.reserve("rate", 1.0) <= 1.0
