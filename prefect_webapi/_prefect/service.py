@@ -17,6 +17,8 @@ from prefect.context import FlowRunContext
 from prefect_webapi._prefect.options import Options
 from prefect_webapi._prefect.reports import Display
 from prefect_webapi._prefect.watch import Watch
+from prefect_webapi.clock import process_clock
+from prefect_webapi.contract.config import EngineSettings
 
 if TYPE_CHECKING:  # the engine itself is loaded by the first job
     from prefect_webapi.engine.host import HostApi
@@ -129,7 +131,12 @@ def _make(options: Options, watch: Watch, sweeps: bool) -> tuple[Engine, Callabl
 
     display = Display(options.state_events_per_second)
     every = options.watch_cancel_seconds
-    host = Host(lambda: make_runtime(options, display, lambda api: watch.run(api, every)), sweeps=sweeps)
+    orphan_after = EngineSettings().overlaid(options.overrides()).orphan_after
+    deleted_after = process_clock().real(orphan_after.total_seconds())
+    host = Host(
+        lambda: make_runtime(options, display, lambda api: watch.run(api, every, deleted_after)),
+        sweeps=sweeps,
+    )
     host.start()  # here, so that it is off the flow's loop
     return Engine(host, display, watch, options.run_key), host.close
 

@@ -103,6 +103,7 @@ class Watch:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stirred: asyncio.Event | None = None
         self._told = False
+        self._missing: dict[str, float] = {}  # flow run to when it was first missing, monotonic
 
     def add(self, ticket: Ticket, flow_runs: Iterable[str], task_run: UUID) -> Callable[[], None]:
         """Watch over a call until the returned function is called. Called in the task's context."""
@@ -156,8 +157,12 @@ class Watch:
 
     # --- the runtime's side -----------------------------------------------------------------------------
 
-    async def run(self, api: Api, every_seconds: float) -> None:
-        """Look until cancelled; ask the API every so often."""
+    async def run(self, api: Api, every_seconds: float, deleted_after: float) -> None:
+        """Look until cancelled; ask the API every so often. Seconds are real ones.
+
+        Args:
+            deleted_after: how long a flow run is missing from Prefect until its jobs end.
+        """
         self._stirred = stirred = asyncio.Event()
         self._loop = loop = asyncio.get_running_loop()
         asked_at = loop.time()
@@ -168,7 +173,7 @@ class Watch:
                 self._look(watched)
                 if watched and loop.time() - asked_at >= every_seconds:
                     asked_at = loop.time()
-                    await self._ask(watched, api)
+                    await self._ask(watched, api, deleted_after)
                 try:
                     async with asyncio.timeout(LOOK_SECONDS if watched else None):
                         await stirred.wait()
@@ -199,16 +204,25 @@ class Watch:
         for each in watched:
             each.tell(reason)
 
-    async def _ask(self, watched: list[_Watched], api: Api) -> None:
-        """Ask Prefect whether somebody cancelled a flow run that we have jobs for."""
+    def _cancel_run(self, watched: Iterable[_Watched], run: str, reason: str) -> None:
+        self._cancel([each for each in watched if run in each.flow_runs], reason)
+
+    async def _ask(self, watched: list[_Watched], api: Api, deleted_after: float) -> None:
+        """Ask Prefect whether somebody cancelled, or deleted, a flow run that we have jobs for."""
         ids = sorted({run for each in watched for run in each.flow_runs})
         try:
             for start in range(0, len(ids), MOST_RUNS):
                 reading = partial(_read, [UUID(run) for run in ids[start : start + MOST_RUNS]])
+                missing = set(ids[start : start + MOST_RUNS])
                 for run in await api.once("read flow runs", reading):
+                    missing.discard(str(run.id))
+                    self._missing.pop(str(run.id), None)
                     if run.state is not None and _is_cancelled(run.state):
-                        mine = [each for each in watched if str(run.id) in each.flow_runs]
-                        self._cancel(mine, "the flow run was cancelled")
+                        self._cancel_run(watched, str(run.id), "the flow run was cancelled")
+                for run_id in missing:
+                    now = time.monotonic()
+                    if now - self._missing.setdefault(run_id, now) >= deleted_after:
+                        self._cancel_run(watched, run_id, "the flow run was deleted")
             self._told = False
         except WebApiError as error:
             if not self._told:

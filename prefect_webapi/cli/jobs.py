@@ -46,7 +46,7 @@ async def list_jobs(
     from prefect_webapi.cli import screen, views
     from prefect_webapi.cli.ledger import reading
 
-    async with reading(_ledger_url()) as store:
+    async with reading() as store:
         records = await _select(store, state, flow_run, limit + 1)
         address = store.address
     shown = records[:limit]
@@ -71,13 +71,13 @@ async def show(
 ) -> None:
     """Show one job: its phases with times, attempts, handle, link, and how it ended or why not."""
     from prefect_webapi.cli import screen, views
-    from prefect_webapi.cli.ledger import reading
+    from prefect_webapi.cli.ledger import no_such_job, reading
     from prefect_webapi.contract.keys import JobKey
 
-    async with reading(_ledger_url()) as store:
+    async with reading() as store:
         record = await store.get(JobKey(key))
         if record is None:
-            raise ConfigurationError(_no_such(store.address, [key]))
+            raise no_such_job(store.address, [key])
         attempts = views.attempts_of(record, await _relatives(store, record))
     if json:
         screen.say_json(views.job_data(record, attempts))
@@ -101,20 +101,13 @@ async def cancel(
     Exit code 0: all are over; 1: some have been asked to end and take their time.
     """
     from prefect_webapi import sweeper
-    from prefect_webapi._prefect import service
     from prefect_webapi.cli import screen, views
-    from prefect_webapi.cli.ledger import reading
+    from prefect_webapi.cli.ledger import acting
     from prefect_webapi.contract.keys import JobKey
 
     wanted = [JobKey(key) for key in dict.fromkeys(keys)]
-    async with reading(_ledger_url()) as store:
-        missing = [key for key in wanted if await store.get(key) is None]
-        if missing:
-            raise ConfigurationError(_no_such(store.address, missing))
-    try:
+    async with acting(*wanted):
         records = await sweeper.cancel_jobs(wanted, reason)
-    finally:
-        service.close()
     if json:
         screen.say_json([views.job_data(record) for record in records])
     else:
@@ -146,16 +139,14 @@ async def resolve(
     next sweep, takes the job up.
     """
     from prefect_webapi import sweeper
-    from prefect_webapi._prefect import service
     from prefect_webapi.cli import screen, views
+    from prefect_webapi.cli.ledger import acting
     from prefect_webapi.contract.keys import JobKey
 
     if gone == (handle is not None):
         raise ConfigurationError("say either --gone or --handle JSON")
-    try:
+    async with acting(JobKey(key)):
         record = await sweeper.resolve_job(JobKey(key), handle=handle)
-    finally:
-        service.close()
     if json:
         screen.say_json(views.job_data(record))
     else:
@@ -178,16 +169,3 @@ async def _relatives(store: Reader, record: Record) -> Sequence[Record]:
     if not record.root_run:
         return [record]
     return await store.select(root_run=record.root_run)
-
-
-def _no_such(address: str, keys: Sequence[str]) -> str:
-    told = ", ".join(repr(str(key)) for key in keys)
-    return (
-        f"the ledger at {address} has no job {told}. `prefect-webapi jobs list` shows those it has"
-    )
-
-
-def _ledger_url() -> str:
-    from prefect_webapi.settings import WebApiSettings
-
-    return WebApiSettings.load().ledger_url.get_secret_value()

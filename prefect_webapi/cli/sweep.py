@@ -31,13 +31,11 @@ async def sweep(
     Exit code 0: all was done that can be; 1: something could not be, it is listed.
     """
     from prefect_webapi import sweeper
-    from prefect_webapi._prefect import service
     from prefect_webapi.cli import screen
+    from prefect_webapi.cli.ledger import acting
 
-    try:
+    async with acting():
         report = await sweeper.sweep(dry_run=dry_run, connection=connection)
-    finally:
-        service.close()
     if json:
         screen.say_json(report.model_dump(mode="json"))
     else:

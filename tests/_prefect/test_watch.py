@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import threading
+import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from types import FrameType
@@ -151,7 +152,7 @@ async def test_a_signal_ends_the_calls_of_flows_and_reaches_the_former_handler()
 
     before = signal.signal(signal.SIGTERM, former)
     watch, call, outside = Watch(), Call(), Call()
-    runner = asyncio.ensure_future(watch.run(_no_api(), 60))
+    runner = asyncio.ensure_future(watch.run(_no_api(), 60, 900))
     try:
         await asyncio.sleep(0)
         forget: Any = watch.add(call, ["11111111-1111-1111-1111-111111111111"], uuid4())  # pyright: ignore[reportArgumentType] # a stand-in
@@ -167,6 +168,22 @@ async def test_a_signal_ends_the_calls_of_flows_and_reaches_the_former_handler()
     assert outside.told == []
     assert seen == [signal.SIGTERM]
     forget()
+
+
+async def test_jobs_of_a_flow_run_that_was_deleted_end_although_its_process_lives() -> None:
+    """CASE-127: not at once, as an API may forget for a moment."""
+    watch, call = Watch(), Call()
+    runner = asyncio.ensure_future(watch.run(_no_api(), 0.05, 0.5))
+    try:
+        await asyncio.sleep(0)
+        watch.add(call, ["11111111-1111-1111-1111-111111111111"], uuid4())  # pyright: ignore[reportArgumentType] # a stand-in
+        began = time.monotonic()
+        await eventually(lambda: call.told, within=5)
+        assert time.monotonic() - began >= 0.5
+    finally:
+        runner.cancel()
+        await asyncio.gather(runner, return_exceptions=True)
+    assert call.told == ["the flow run was deleted"]
 
 
 def _no_api() -> Any:
