@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from bisect import bisect_left
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,6 +28,7 @@ __all__ = ["Gate", "Gates", "Op"]
 logger = logging.getLogger(__name__)
 
 Op = Literal["read", "write"]
+Turn = Callable[[], Awaitable[None]]
 
 SLOWEST = 1 / 64
 """Part of the configured rate that is always left, however often the service says "too many"."""
@@ -121,7 +122,7 @@ class _Lane:
         self._logged_at = now
         self._throttles = 0
 
-    async def leave(self, cost: int) -> None:
+    async def leave(self, cost: int, turn: Turn | None) -> None:
         if cost > self.burst:
             raise ConfigurationError(
                 f"a {self._op} of cost {cost} can never pass: {self._op}_rate_limiter.burst is "
@@ -132,6 +133,11 @@ class _Lane:
         try:
             async with self._turn:
                 await self._pay(cost)
+                while turn is not None:
+                    await turn()
+                    if (closed := self._closed_until - self._clock.monotonic()) <= 0:
+                        break
+                    await self._clock.sleep(closed)  # the service asked for less meanwhile
         finally:
             self._waiting -= 1
         self._metrics.observe("permit_wait_seconds", self._clock.monotonic() - began, op=self._op)
@@ -217,7 +223,7 @@ class Gate:
         }
         self.configure(read, write)
 
-    async def acquire(self, op: Op, *, cost: int = 1) -> None:
+    async def acquire(self, op: Op, *, cost: int = 1, turn: Turn | None = None) -> None:
         """Wait until a call of this kind may leave.
 
         First come, first served per operation. A cancelled waiter gives its permit back. While a `Retry-After`
@@ -226,13 +232,15 @@ class Gate:
         Args:
             op: read (`get`, `get_many`, `find`) or write (`create`, `delete`, `do`).
             cost: permits taken at once, 1 to `burst`. A batch read costs 1.
+            turn: waits for the call's turn among those of other processes; asked by one call of a kind at a time,
+                last, and again if the gate has closed before it came.
 
         Raises:
             ConfigurationError: `cost` is above `burst`, so it could never pass.
 
         Source: SPEC REQ-14 to REQ-17, REQ-41.
         """
-        await self._lanes[op].leave(cost)
+        await self._lanes[op].leave(cost, turn)
 
     def throttled(self, op: Op, retry_after: timedelta | None) -> None:
         """The service asked for less.

@@ -317,6 +317,15 @@ class EngineFields(BaseModel):
     initial_interval: Annotated[
         GoDuration, Between(timedelta(milliseconds=10), timedelta(hours=1))
     ] = Field(default=_SECOND, description="First gap between two reads of a new job, 10ms to 1h.")
+    shared_qps: int | None = Field(
+        default=None,
+        ge=1,
+        le=1_000,
+        description=(
+            "Calls per second of all processes together that use this connection and one ledger, 1 to 1,000; empty: "
+            "each process has its own limits only."
+        ),
+    )
     project: Annotated[str, Field(min_length=1)] | None = Field(
         default=None,
         description=(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import inspect
+import logging
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
@@ -19,6 +20,7 @@ from prefect_webapi.contract.errors import (
     AuthError,
     BadTaskSpecification,
     ConfigurationError,
+    LedgerUnavailable,
     OutcomeUnknown,
     RemoteError,
     RemoteSystemError,
@@ -29,12 +31,17 @@ from prefect_webapi.contract.plugin import AsyncPlugin, CreateResult, SyncPlugin
 from prefect_webapi.contract.secrecy import Mask, secrets_in
 from prefect_webapi.contract.task import ResourceRequirements
 from prefect_webapi.engine.contexts import DeleteView, GetView, StatusView, TaskView
+from prefect_webapi.engine.faults import fault_point
 from prefect_webapi.engine.services import Services
 from prefect_webapi.http import classify
 from prefect_webapi.limiter import Gate, Op
 from prefect_webapi.registry import Loaded, is_cancelled
 
 __all__ = ["Calls", "can_clear_up", "guarantee", "is_sync"]
+
+logger = logging.getLogger(__name__)
+
+AGAIN_SECONDS = 1.0
 
 _Name = Literal["create", "find", "get", "get_many", "delete", "do", "outputs"]
 _OPS: dict[_Name, Op] = {
@@ -69,7 +76,35 @@ class Calls:
 
     async def permit(self, loaded: Loaded, op: Op) -> None:
         """Wait until a call of this kind may leave."""
-        await self.gate(loaded).acquire(op)
+        await self._pass(loaded, op)
+
+    async def _pass(self, loaded: Loaded, op: Op) -> Gate:
+        gate, now = self.gate(loaded), self._services.plugins.current(loaded)
+        turn = None if now.settings.shared_qps is None else partial(self._turn, now)
+        await gate.acquire(op, turn=turn)
+        return gate
+
+    async def _turn(self, loaded: Loaded) -> None:
+        """Wait for the turn of a call among those of all processes on this ledger.
+
+        Without the ledger it waits: nothing could be written down of what the call does, and a limit that somebody
+        set is kept.
+        """
+        name = f"webapi:{loaded.entry.id}:{loaded.connection.name}"
+        clock, is_told = self._services.clock, False
+        while (qps := self._services.plugins.current(loaded).settings.shared_qps) is not None:
+            try:
+                wait = await self._services.store.reserve(name, clock.real(1 / qps))
+            except LedgerUnavailable as error:
+                if not is_told:
+                    is_told = True
+                    logger.warning(
+                        "a call to %s waits for the rate that processes share: %s", name, error
+                    )
+                await clock.sleep(AGAIN_SECONDS)
+            else:
+                await clock.sleep(wait * clock.speed)
+                return
 
     async def requirements(self, loaded: Loaded, view: TaskView) -> ResourceRequirements:
         now = self._services.plugins.current(loaded)
@@ -166,15 +201,14 @@ class Calls:
             return await self._once(refused, name, argument, permitted, timeout)
         except AuthError:
             await self._services.plugins.refresh(refused, force=True)
+            fault_point("KP-36")
         return await self._once(refused, name, argument, False, timeout)
 
     async def _once(
         self, loaded: Loaded, name: _Name, argument: Any, permitted: bool, timeout: timedelta | None
     ) -> Any:
         op = _OPS[name]
-        gate = self.gate(loaded)
-        if not permitted:
-            await gate.acquire(op)
+        gate = self.gate(loaded) if permitted else await self._pass(loaded, op)
         now = self._services.plugins.current(loaded)
         limit = timeout or self._timeout(now, name)
         clock, metrics = self._services.clock, self._services.metrics

@@ -52,8 +52,8 @@ _LOCK_RATE = text(
     "INSERT INTO webapi_rate (name, free_at) VALUES (:name, 0)"
     " ON CONFLICT (name) DO UPDATE SET free_at = webapi_rate.free_at RETURNING free_at"
 )
-_LONGEST_RESERVATION_SECONDS = 60.0
-"""A turn that is further away was taken before the machine started anew, or its clock was set back."""
+_MOST_TURNS, _LEAST_SECONDS = 1_000, 60.0
+"""A turn that is further away than both was taken before the machine started anew, or its clock was set back."""
 
 _BEAT = text(
     "INSERT INTO webapi_runtime (id, host, pid, born, started, last_beat)"
@@ -142,7 +142,7 @@ class SqlStore(SqlReader):
             free_at: int = conn.execute(_LOCK_RATE, {"name": name}).scalar_one()
             now = self._shared_now(conn)
             wait = max(0.0, free_at / 1e6 - now)
-            if wait > _LONGEST_RESERVATION_SECONDS:
+            if wait > max(_MOST_TURNS * seconds, _LEAST_SECONDS):
                 wait = 0.0
             turn = round((now + wait + seconds) * 1e6)
             at = update(schema.rate).where(schema.rate.c.name == name)

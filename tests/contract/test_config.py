@@ -382,6 +382,7 @@ def test_engine_settings_have_the_defaults_of_the_table() -> None:
         "allowInsecure": False,
         "allowPlainHandle": False,
         "initialInterval": "1s",
+        "sharedQps": None,
         "project": None,
         "pool": None,
         "abandonAfter": "24h0m0s",

@@ -527,6 +527,20 @@ async def test_a_handle_that_can_not_be_written_down_is_kept_or_its_job_ended(
     assert len(job_server.log("delete")) == (not is_mended)
 
 
+@pytest.mark.parametrize("op", ["create", "get"])
+async def test_a_process_dies_between_new_credentials_and_the_call_that_was_to_use_them(
+    job_server: EmbeddedJobServer, tmp_path: Path, op: Literal["create", "get"]
+) -> None:
+    """KP-36, CASE-196: the next process finds the old ones refused and gets new ones again; one job."""
+    work = work_at(job_server, tmp_path, "keys", specs=SPECS[:1], config=QUOTA, die_at="KP-36")
+    job_server.fault(op, status=401, times=2)
+    [end], _ = await ends_after_a_kill(work)
+    assert (end.phase, end.data) == ("SUCCESS", "report 0")
+    assert [call.status for call in job_server.log(op)][:2] == [401, 401]
+    assert job_server.stats().created == 1
+    assert await places_taken(work.folder) == 0
+
+
 class _NewHandle(BaseModel):
     """What a newer version of the plugin keeps of a job."""
 

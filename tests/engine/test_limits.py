@@ -5,22 +5,26 @@ from __future__ import annotations
 import asyncio
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import pytest
 from prometheus_client import CollectorRegistry
 
 from prefect_webapi import GetContext, Phase, Throttled
+from prefect_webapi.contract.errors import LedgerUnavailable
 from prefect_webapi.engine.host import Host, Ticket
+from prefect_webapi.ledger.sql import SqlStore
 from prefect_webapi.metrics import Metrics
 from prefect_webapi.testing import EmbeddedJobServer, LoggedRequest
 from prefect_webapi_jobserver import ReportJob
 from prefect_webapi_jobserver.models import JobHandle, JobView
 from tests.support.engine import Told, at, block, engine, request, run
+from tests.support.engine_child import Work, child
 from tests.support.plugins import ALL, SinglePlugin, entry
 from tests.support.waiting import eventually
 
@@ -357,3 +361,55 @@ async def test_throttles_between_failures_neither_count_nor_forgive(
     assert borne.info.phase is Phase.SUCCESS
     assert "lost contact after 3 failures" in lost.info.reason
     assert len(job_server.log("delete")) == 1
+
+
+async def test_processes_that_share_a_rate_keep_to_it_together(
+    each_ledger: str, job_server: EmbeddedJobServer, tmp_path: Path
+) -> None:
+    """CASE-268, REQ-16: three processes that might each send 30 a second send 10 in sum, reads and writes."""
+    works = [
+        Work(
+            folder=tmp_path,
+            server=job_server.url,
+            specs=tuple(ReportJob(kind=f"process {n}", day=day, seconds=0.5) for day in range(5)),
+            execution=f"execution-{n}",
+            config=limits(read=(30, 300), write=(30, 300)),
+            settings={"sharedQps": 10},
+        )
+        for n in range(3)
+    ]
+    with ExitStack() as stack:
+        children = [stack.enter_context(child(work)) for work in works]
+        ends = [await asyncio.to_thread(each.ends) for each in children]
+    assert [end.phase for ended in ends for end in ended] == ["SUCCESS"] * 15
+    calls = job_server.log()
+    assert len(calls) >= 15 + 3
+    assert most_above_the_line(calls, burst=1, per_second=10) <= 0
+    assert job_server.stats().created == 15
+
+
+class AbsentStore(SqlStore):
+    """Gives no turns for a while."""
+
+    is_away: ClassVar[bool] = False
+    refused: ClassVar[int] = 0
+
+    async def reserve(self, name: str, seconds: float) -> float:
+        if AbsentStore.is_away:
+            AbsentStore.refused += 1
+            raise LedgerUnavailable("the data base is away")
+        return await super().reserve(name, seconds)
+
+
+async def test_calls_wait_while_the_ledger_of_a_shared_rate_is_away(
+    job_server: EmbeddedJobServer, tmp_path: Path
+) -> None:
+    """REQ-16: a limit that somebody set is kept."""
+    with at(tmp_path, job_server, store=AbsentStore, sharedQps=100) as host:
+        AbsentStore.is_away = True
+        ticket = host.admit(request(ReportJob(seconds=0.1), task_type="keys"))
+        await eventually(lambda: AbsentStore.refused, within=10)
+        assert not job_server.log()
+        AbsentStore.is_away = False
+        assert (await ticket.outcome()).info.phase is Phase.SUCCESS
+    assert job_server.stats().created == 1
