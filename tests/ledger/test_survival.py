@@ -124,7 +124,7 @@ async def test_a_commit_with_unknown_end_is_done_exactly_once(
     """Each kind of operation, whether or not the lost COMMIT took effect; none is done twice."""
     async with wired(postgres_url) as (store, wire):
         await store.set_quota("limit", 2)
-        counted = {"state": JobState.SLOT_REQUESTED, "quota": "limit"}
+        counted = {"state": JobState.SLOT_REQUESTED, "quotas": ("limit",)}
         drafts = [draft_for(f"counted {n}", **counted) for n in range(3)]
         drafts += [draft_for(name) for name in ("taken", "moving", "lost")]
         drawn = [(await store.intent(draft)).record for draft in drafts]
