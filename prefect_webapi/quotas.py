@@ -401,6 +401,7 @@ class Quotas:
         now = self._clock.monotonic()
         left = (lease.until - self._clock.now()).total_seconds()
         held = _Held(tuple(sorted(names)), weight, holder, changed, due=now)
+        left = min(left, self._real(self._seconds))  # or a clock was set since
         held.expires = now + left - self._real(MARGIN_SECONDS)
         self._keep(held, lease)
         self._nudge.set()

@@ -652,6 +652,26 @@ def test_an_adopted_lease_that_is_lost_is_replaced_and_the_new_one_told(
     run(scenario())
 
 
+def test_an_adopted_lease_lasts_no_longer_than_any_other_whatever_the_clock_says() -> None:
+    """CASE-206: the clock was set back an hour, Prefect is away until the lease has lapsed: nothing was leaked."""
+
+    async def scenario() -> None:
+        server = Server()
+        async with open_quotas(server, limit=1) as quotas:
+            lease = await server.acquire([NAME], 1, "", 120)
+            assert isinstance(lease, SlotLease)
+            server.is_down = True
+            late = SlotLease(lease.id, lease.until + timedelta(hours=1))
+            quotas.adopt([NAME], late, weight=1, holder="")
+            await server.clock.sleep(150)
+            server.is_down = False
+            await server.clock.sleep(60)
+            assert server.taken[NAME] == 1
+            assert server.count("give_back") == 0
+
+    run(scenario())
+
+
 def test_a_forgotten_lease_is_left_to_its_new_owner() -> None:
     """CASE-131: neither renewed nor released by the process that lost the job."""
 

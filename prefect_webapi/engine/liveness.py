@@ -11,7 +11,7 @@ import psutil
 
 from prefect_webapi.ledger.records import RuntimeRow
 
-__all__ = ["BEAT_EVERY", "Pulse", "is_alive", "this_process"]
+__all__ = ["BEAT_EVERY", "Pulse", "born_at", "is_alive", "this_process"]
 
 BEAT_EVERY = timedelta(seconds=10)
 SILENT_AFTER = timedelta(seconds=30)
@@ -25,10 +25,15 @@ def this_process(now: datetime) -> RuntimeRow:
         id=uuid.uuid4().hex,
         host=socket.gethostname(),
         pid=pid,
-        born=psutil.Process(pid).create_time(),
+        born=born_at(psutil.Process(pid)),
         started=now,
         last_beat=now,
     )
+
+
+def born_at(process: psutil.Process) -> float:
+    """Seconds from the machine's start to the process's. Unlike a time of day they stay when the clock is set."""
+    return process.create_time() - psutil.boot_time()
 
 
 class Pulse:
@@ -40,8 +45,11 @@ class Pulse:
         self.last: datetime | None = None
 
     def is_fresh(self, now: datetime) -> bool:
-        """Whether nobody can have taken this process for dead: it was neither asleep nor cut off for long."""
-        return self.last is not None and now - self.last < SILENT_AFTER - BEAT_EVERY
+        """Whether nobody can have taken this process for dead: it was neither asleep nor cut off for long.
+
+        A clock that was set leaves the last beat stale too, whichever way it was set.
+        """
+        return self.last is not None and abs(now - self.last) < SILENT_AFTER - BEAT_EVERY
 
 
 def is_alive(row: RuntimeRow | None, *, me: RuntimeRow, now: datetime) -> bool:
@@ -55,7 +63,7 @@ def is_alive(row: RuntimeRow | None, *, me: RuntimeRow, now: datetime) -> bool:
         return True
     try:
         process = psutil.Process(row.pid)
-        is_same = abs(process.create_time() - row.born) < _SAME_START_SECONDS
+        is_same = abs(born_at(process) - row.born) < _SAME_START_SECONDS
         return is_same and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False

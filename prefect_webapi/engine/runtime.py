@@ -481,7 +481,7 @@ class Runtime:
             await self._part(job)
         else:
             fault_point("KP-10")
-            self._observer.watch(job)
+            self._observer.watch(job, fresh=True)
 
     def _resume(self, job: Job) -> None:
         """Read a stored handle back."""
@@ -707,16 +707,16 @@ class Runtime:
 
     async def _keep_house(self) -> None:
         """Beat, and hear what other processes ask."""
-        clock = self._services.clock
+        clock, pulse = self._services.clock, self._services.pulse
         next_beat = clock.monotonic()
         while True:
             await anyio.sleep(min(HOUSEKEEPING_SECONDS, clock.real(BEAT_EVERY.total_seconds())))
             try:
-                if clock.monotonic() >= next_beat:
+                if clock.monotonic() >= next_beat or not pulse.is_fresh(clock.now()):
                     next_beat = clock.monotonic() + BEAT_EVERY.total_seconds()
                     beat = replace(self._me, last_beat=clock.now())
                     await self._services.store.beat(beat)
-                    self._services.pulse.last = beat.last_beat
+                    pulse.last = beat.last_beat
                 for record in await self._services.store.cancels_asked(self._me.id):
                     job = self._jobs.get(record.key)
                     if job is not None and record.cancel_reason:

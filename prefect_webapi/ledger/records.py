@@ -251,7 +251,7 @@ class QuotaRow:
 
 @dataclass(frozen=True, slots=True)
 class RuntimeRow:
-    """A process that drives jobs. `born`: the process's start time, tells a reused pid apart."""
+    """A process that drives jobs. `born`: seconds from the machine's start to its own, tells a reused pid apart."""
 
     id: str
     host: str

@@ -10,9 +10,12 @@ import pytest
 
 from prefect_webapi import Phase
 from prefect_webapi.clock import Clock
+from prefect_webapi.engine.reaper import sweep
 from prefect_webapi.testing import EmbeddedJobServer
 from prefect_webapi_jobserver import ReportJob
-from tests.support.engine import at, run
+from tests.support.engine import GivenRuns, at, run
+from tests.support.ledger import another_store, ledger_of
+from tests.support.sweeping import CRASHED
 from tests.support.waiting import eventually
 from tests.support.witness import places_taken
 
@@ -44,3 +47,34 @@ async def test_a_clock_that_jumps_ends_no_job_and_loses_no_place(
     assert job_server.stats().peak_live == 2
     assert job_server.log("delete") == []
     assert await places_taken(tmp_path) == 0
+
+
+@pytest.mark.parametrize("hours", [1, -1])
+async def test_a_sweeper_takes_no_job_of_a_living_process_when_the_clock_jumps(
+    job_server: EmbeddedJobServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hours: int
+) -> None:
+    """CASE-206: although its flow run has ended; the process is heard of within two seconds."""
+    jump = timedelta(0)
+
+    def now(_: Clock) -> datetime:
+        return datetime.now(UTC) + jump
+
+    async def has_beaten() -> bool:
+        async with another_store(ledger_of(tmp_path)) as store:
+            [row] = await store.runtimes()
+        return abs(now(Clock()) - row.last_beat) < timedelta(seconds=5)
+
+    monkeypatch.setattr(Clock, "now", now)
+    runs = GivenRuns({"run-1": CRASHED})
+    with at(tmp_path, job_server, runs=runs) as host:
+        job = asyncio.ensure_future(run(host, ReportJob(outcome="never")))
+        await eventually(lambda: job_server.stats().live == 1, within=10)
+        jump = timedelta(hours=hours)
+        await eventually(has_beaten, within=4, every=0.1)
+        with at(tmp_path, job_server, runs=runs, sweeps=False) as sweeper:
+            report = await asyncio.wrap_future(sweeper.perform(sweep))
+        assert (report.looked_at, report.driven, report.jobs) == (1, 1, ())
+        job_server.end(job_server.jobs()[0].name, "succeeded")
+        assert (await job).info.phase is Phase.SUCCESS
+    assert job_server.stats().created == 1
+    assert job_server.log("delete") == []

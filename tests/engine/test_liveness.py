@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import psutil
+import pytest
 
-from prefect_webapi.engine.liveness import is_alive, this_process
+from prefect_webapi.engine.liveness import Pulse, born_at, is_alive, this_process
 from prefect_webapi.ledger.records import RuntimeRow
 from tests.support.waiting import eventually_blocking
 
@@ -18,7 +20,7 @@ ME = this_process(NOW)
 
 
 def row_of(pid: int) -> RuntimeRow:
-    return replace(ME, id="other", pid=pid, born=psutil.Process(pid).create_time())
+    return replace(ME, id="other", pid=pid, born=born_at(psutil.Process(pid)))
 
 
 def test_a_process_that_beats_and_runs_is_alive() -> None:
@@ -36,6 +38,29 @@ def test_a_process_that_never_came_or_fell_silent_is_dead() -> None:
 def test_a_pid_is_believed_only_with_its_time_of_birth() -> None:
     """Containers begin their pids anew."""
     assert not is_alive(replace(ME, born=ME.born - 60), me=ME, now=NOW)
+
+
+@pytest.mark.parametrize("hours", [1, -1])
+def test_a_clock_that_is_set_makes_no_process_another_one(
+    monkeypatch: pytest.MonkeyPatch, hours: int
+) -> None:
+    """CASE-206: to the system, machine and processes have started at another time of day since."""
+    row = row_of(os.getppid())
+    before, created = psutil.boot_time(), psutil.Process(row.pid).create_time()
+    shifted = before + 3600 * hours
+    monkeypatch.setattr("psutil._psplatform.boot_time", lambda: shifted)
+    assert psutil.Process(row.pid).create_time() - created == pytest.approx(3600 * hours)
+    assert is_alive(row, me=ME, now=NOW)
+
+
+def test_after_a_clock_was_set_the_last_beat_counts_as_stale_whichever_way() -> None:
+    """CASE-206: so the next one comes at once, and others don't wait for an hour for a process that dies then."""
+    pulse = Pulse()
+    assert not pulse.is_fresh(NOW)
+    pulse.last = NOW
+    assert pulse.is_fresh(NOW + timedelta(seconds=19))
+    for hours in (1, -1):
+        assert not pulse.is_fresh(NOW + timedelta(hours=hours))
 
 
 def test_a_killed_process_is_dead_before_anybody_has_buried_it() -> None:
