@@ -59,18 +59,25 @@ async def test_a_sweeper_takes_no_job_of_a_living_process_when_the_clock_jumps(
     def now(_: Clock) -> datetime:
         return datetime.now(UTC) + jump
 
-    async def has_beaten() -> bool:
+    async def last_beat() -> datetime:
         async with another_store(ledger_of(tmp_path)) as store:
             [row] = await store.runtimes()
-        return abs(now(Clock()) - row.last_beat) < timedelta(seconds=5)
+        return row.last_beat
+
+    async def has_beaten_since(at: datetime) -> bool:
+        return (
+            abs(now(Clock()) - await last_beat()) < timedelta(seconds=5) and at != await last_beat()
+        )
 
     monkeypatch.setattr(Clock, "now", now)
     runs = GivenRuns({"run-1": CRASHED})
     with at(tmp_path, job_server, runs=runs) as host:
         job = asyncio.ensure_future(run(host, ReportJob(outcome="never")))
         await eventually(lambda: job_server.stats().live == 1, within=10)
-        jump = timedelta(hours=hours)
-        await eventually(has_beaten, within=4, every=0.1)
+        first = await last_beat()
+        await eventually(lambda: has_beaten_since(first), within=4, every=0.1)
+        jump = timedelta(hours=hours)  # ten seconds before the next one in turn
+        await eventually(lambda: has_beaten_since(first), within=4, every=0.1)
         with at(tmp_path, job_server, runs=runs, sweeps=False) as sweeper:
             report = await asyncio.wrap_future(sweeper.perform(sweep))
         assert (report.looked_at, report.driven, report.jobs) == (1, 1, ())
