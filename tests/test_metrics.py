@@ -186,6 +186,7 @@ except ValueError:
     assert done.stdout == "works\n", done.stderr
 
 
+@pytest.mark.chaos
 def test_an_engine_runs_jobs_where_prometheus_client_is_broken(
     job_server: EmbeddedJobServer, tmp_path: Path
 ) -> None:

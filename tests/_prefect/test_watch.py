@@ -296,8 +296,17 @@ JOBS = {"submitted": 2, "awaited": 2, "called": 1}
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("form", ["submitted", "awaited", "called"])
+@pytest.mark.parametrize(
+    ("form", "how"),
+    [
+        ("submitted", signal.SIGTERM),
+        ("awaited", signal.SIGINT),
+        pytest.param("submitted", signal.SIGINT, marks=pytest.mark.chaos),
+        pytest.param("awaited", signal.SIGTERM, marks=pytest.mark.chaos),
+        pytest.param("called", signal.SIGTERM, marks=pytest.mark.chaos),
+        pytest.param("called", signal.SIGINT, marks=pytest.mark.chaos),
+    ],
+)
 def test_a_signal_deletes_the_jobs_and_the_process_ends(
     scripts: Scripts, job_server: EmbeddedJobServer, form: str, how: signal.Signals
 ) -> None:

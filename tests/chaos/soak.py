@@ -126,7 +126,9 @@ def run(soak: Soak, server: EmbeddedJobServer, prefect: PrefectServer, folder: P
             process.send_signal(signal.SIGKILL)
             process.wait()
             kills += 1
-            print(f"{time.monotonic() - began:6.1f} s, kill {kills}: {_progress(server)}", flush=True)
+            print(
+                f"{time.monotonic() - began:6.1f} s, kill {kills}: {_progress(server)}", flush=True
+            )
             continue
         code = process.wait(FINAL_SECONDS)
         if code != 0:

@@ -48,7 +48,7 @@ async def the_record(folder: Path) -> Record:
     return record
 
 
-@pytest.mark.parametrize("mood", ["keys", "search"])
+@pytest.mark.parametrize("mood", ["keys", pytest.param("search", marks=pytest.mark.chaos)])
 async def test_an_owner_that_slept_before_its_create_makes_no_second_job(
     job_server: EmbeddedJobServer, tmp_path: Path, mood: Literal["keys", "search"]
 ) -> None:

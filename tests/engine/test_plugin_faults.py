@@ -121,7 +121,13 @@ FOR_METHOD: dict[str, tuple[type[Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("method", sorted(FOR_METHOD))
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(method, marks=() if method in ("create", "get") else pytest.mark.chaos)
+        for method in sorted(FOR_METHOD)
+    ],
+)
 async def test_whatever_a_method_does_its_job_ends_readably_and_is_not_made_twice(
     job_server: EmbeddedJobServer, tmp_path: Path, method: str
 ) -> None:

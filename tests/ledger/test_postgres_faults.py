@@ -67,6 +67,7 @@ async def test_a_deadlock_is_lost_and_repeated(postgres_url: str) -> None:
         assert await eventually(lambda: raw(postgres_url, deadlocks), within=10)
 
 
+@pytest.mark.chaos
 async def test_a_statement_that_takes_too_long_is_repeated(postgres_url: str) -> None:
     """57014: the server's own time limit, shorter than another program's lock."""
     database = make_url(postgres_url).database
