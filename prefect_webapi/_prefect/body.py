@@ -29,7 +29,7 @@ from prefect.transactions import get_transaction
 from pydantic import BaseModel, ValidationError
 
 from prefect_webapi._prefect import service, states
-from prefect_webapi._prefect.causes import INTERRUPTS, Cause, cause_of
+from prefect_webapi._prefect.causes import INTERRUPTS, Cause, cause_of, is_suspending
 from prefect_webapi._prefect.identity import Chain, caller, chain_here
 from prefect_webapi._prefect.options import Options
 from prefect_webapi._prefect.reports import TaskRunReporter
@@ -290,7 +290,10 @@ def _interrupted(call: _Call | None, interrupt: BaseException, began: float) -> 
     if call.job.on_exit == "leave" and not cause.is_task_timeout:
         cause = replace(cause, leaves_job=True)
     if cause.leaves_job:
-        call.ticket.detach()
+        if is_suspending():
+            call.ticket.pause(leaves=True)
+        else:
+            call.ticket.detach()
     else:
         call.ticket.cancel(cause.reason)
     return cause

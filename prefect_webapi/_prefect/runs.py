@@ -25,7 +25,7 @@ MOST_AT_ONCE = 200
 
 _STANDING = {
     StateType.SCHEDULED: RunState.RESTING,
-    StateType.PAUSED: RunState.RESTING,
+    StateType.PAUSED: RunState.PAUSED,
     StateType.CANCELLING: RunState.CANCELLED,
     StateType.CANCELLED: RunState.CANCELLED,
     StateType.COMPLETED: RunState.FINAL,

@@ -76,13 +76,18 @@ class _Watched:
             self.ticket.cancel(reason)
 
     @property
+    def is_shut_down(self) -> bool:
+        """The flow's function is over, in whatever way, and its runner ends what is in its pool."""
+        return self.cancel_event is not None and self.cancel_event.is_set()
+
+    @property
     def was_abandoned(self) -> bool:
         """Its flow was broken off, or failed, while the task was still running in a pool.
 
         The runner's event alone says only that the flow's function is over. When that is so in good order, or for a
         retry, a pause or a suspension, the flow run has got a new state before.
         """
-        if self.cancel_event is None or not self.cancel_event.is_set():
+        if not self.is_shut_down:
             return False
         run = self.flow.flow_run if self.flow else None
         if self.flow is None or run is None or run.state is None:
@@ -208,7 +213,7 @@ class Watch:
         self._cancel([each for each in watched if run in each.flow_runs], reason)
 
     async def _ask(self, watched: list[_Watched], api: Api, deleted_after: float) -> None:
-        """Ask Prefect whether somebody cancelled, or deleted, a flow run that we have jobs for."""
+        """Ask Prefect whether somebody cancelled, paused or deleted a flow run that we have jobs for."""
         ids = sorted({run for each in watched for run in each.flow_runs})
         try:
             for start in range(0, len(ids), MOST_RUNS):
@@ -219,6 +224,11 @@ class Watch:
                     self._missing.pop(str(run.id), None)
                     if run.state is not None and _is_cancelled(run.state):
                         self._cancel_run(watched, str(run.id), "the flow run was cancelled")
+                    elif run.state is not None and run.state.is_paused():
+                        for each in watched:
+                            if str(run.id) in each.flow_runs:
+                                # A flow that is suspended waits for its pool's threads before its process ends.
+                                each.ticket.pause(leaves=each.is_shut_down)
                 for run_id in missing:
                     now = time.monotonic()
                     if now - self._missing.setdefault(run_id, now) >= deleted_after:

@@ -49,6 +49,14 @@ class Ticket(Protocol):
         """The job shall end (user intent). The outcome comes as ABORTED within `cancel_grace`."""
         ...
 
+    def pause(self, *, leaves: bool) -> None:
+        """The flow run is paused: the job ends if its connection says so (`cancel_on_pause`).
+
+        Args:
+            leaves: it is suspended, its process is to end: otherwise the job is left, as by `detach`.
+        """
+        ...
+
     def detach(self) -> None:
         """Leave the job as it is for the next process; the outcome raises `EngineClosed`."""
         ...
@@ -65,9 +73,7 @@ class HostApi(Protocol):
         """Every job of this flow run shall end; returns at once, also from a signal handler."""
         ...
 
-    def perform(
-        self, work: Callable[[Runtime], Awaitable[T]], /
-    ) -> concurrent.futures.Future[T]:
+    def perform(self, work: Callable[[Runtime], Awaitable[T]], /) -> concurrent.futures.Future[T]:
         """Do some work on the engine's loop; the future is bound to no loop. Raises as `admit`."""
         ...
 
@@ -103,6 +109,9 @@ class _Ticket:
 
     def cancel(self, reason: str) -> None:
         self._host.post(lambda runtime: runtime.cancel(self._call, reason))
+
+    def pause(self, *, leaves: bool) -> None:
+        self._host.post(lambda runtime: runtime.pause(self._call, leaves))
 
     def detach(self) -> None:
         self._host.post(lambda runtime: runtime.detach(self._call))

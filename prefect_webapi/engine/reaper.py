@@ -453,6 +453,8 @@ def _why_over(case: _Case, settings: EngineSettings, now: datetime) -> str | Non
     match fate.state:
         case RunState.CANCELLED:
             return "the flow run was cancelled"
+        case RunState.PAUSED if settings.cancel_on_pause:
+            return "the flow run was paused"
         case RunState.FINAL if quiet >= settings.orphan_after:
             return f"orphan: its run has ended as {fate.name} and no process came back for it"
         case RunState.MISSING if quiet >= settings.orphan_after:

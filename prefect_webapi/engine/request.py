@@ -131,7 +131,8 @@ class RunState(Enum):
     """What the state of an owner's run means for its jobs."""
 
     RUNNING = "running"  # or about to run: its process may be dead without anybody knowing
-    RESTING = "resting"  # scheduled or paused: it will go on without help
+    RESTING = "resting"  # scheduled: it will go on without help
+    PAUSED = "paused"  # or suspended: it will go on when people say so
     CANCELLED = "cancelled"  # or being cancelled
     FINAL = "final"
     MISSING = "missing"  # deleted

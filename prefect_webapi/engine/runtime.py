@@ -257,6 +257,18 @@ class Runtime:
         for call in self.calls_of(flow_run):
             self._end_call(call, Ending(reason))
 
+    def pause(self, call: Call, leaves: bool) -> None:
+        """The call's flow run is paused. Its job goes on, unless its connection wants it gone.
+
+        Args:
+            leaves: the flow's process ends meanwhile, so the call is detached.
+        """
+        job, stays = self._job_of(call), call.request.options.on_exit == "leave"
+        if job is not None and job.loaded.settings.cancel_on_pause and not stays:
+            self._end_call(call, Ending("the flow run was paused"))
+        elif leaves:
+            self.detach(call)
+
     def calls_of(self, flow_run: str) -> list[Call]:
         """Waiting calls that belong to this flow run or to one below it."""
         everywhere = [*self._entering, *(c for job in self._jobs.values() for c in job.calls)]

@@ -38,6 +38,9 @@ class Call:
     def cancel(self, reason: str) -> None:
         self.told.append(reason)
 
+    def pause(self, *, leaves: bool) -> None:
+        self.told.append("paused")
+
     def detach(self) -> None:
         self.told.append("detached")
 
