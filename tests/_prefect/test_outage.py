@@ -43,7 +43,7 @@ asyncio.run(reports())
 async def test_jobs_go_on_while_prefects_api_is_down_and_results_arrive(
     own_prefect_server: PrefectServer, job_server: EmbeddedJobServer, tmp_path: Path
 ) -> None:
-    """REQ-75, REQ-78: the server is killed with all jobs running, stays away beyond their end, and comes back."""
+    """CASE-194, KP-34, REQ-75, REQ-78: the server is killed with all jobs running, stays away beyond their end, and comes back."""
     server = own_prefect_server
     with pointed_at(server):
         await block(job_server, {"resourceQuotas": {"default": 6}}).asave("outage")
@@ -70,6 +70,13 @@ async def test_jobs_go_on_while_prefects_api_is_down_and_results_arrive(
             assert run.state is not None
             assert run.state.is_completed()
             await eventually(_slots_are_free, within=60, every=0.5)
+            await eventually(_task_runs_are_completed, within=60, every=0.5)
+
+
+async def _task_runs_are_completed() -> bool:
+    async with get_client() as client:
+        runs = await client.read_task_runs()
+    return [run.state_name for run in runs] == ["Completed"] * 6
 
 
 async def _slots_are_free() -> bool:
