@@ -6,6 +6,7 @@ deadline, or left on purpose, before the task ends.
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import logging
 import time
@@ -223,7 +224,12 @@ def _admit(job: Job, spec: JobSpec[Any], context: TaskRunContext, engine: Engine
     )
     ticket = engine.host.admit(request)
     who = request.caller
-    forget = engine.watch.add(ticket, (who.flow_run, who.root_run, *who.levels), run.id)
+    forget = engine.watch.add(
+        ticket,
+        (who.flow_run, who.root_run, *who.levels),
+        run.id,
+        leaves_job=own.on_exit == "leave",
+    )
     return _Call(ticket, reporter, own, forget)
 
 
@@ -313,8 +319,8 @@ async def _until_stopped(call: _Call) -> Outcome | None:
     with anyio.CancelScope(shield=True), anyio.move_on_after(CANCEL_SECONDS):
         try:
             return await call.ticket.outcome()
-        except WebApiError:
-            return None
+        except (WebApiError, asyncio.CancelledError):
+            return None  # who cancels again, as `asyncio.run` does in the end, is in a hurry
     return None
 
 

@@ -82,13 +82,14 @@ def cause_of(
     if is_suspending():
         return Cause("the flow run is suspended", leaves_job=True)
     at = now or datetime.now(UTC)
-    if isinstance(interrupt, asyncio.CancelledError) and _is_scope_over(interrupt):
+    if isinstance(interrupt, asyncio.CancelledError):
         task, flow = TaskRunContext.get(), FlowRunContext.get()
         limit = task.task.timeout_seconds if task else None
-        if task and _has_passed(task.start_time, limit, at):
+        if task and _has_passed(task.start_time, limit, at) and _is_scope_over(interrupt):
             return Cause(f"the task's timeout_seconds={limit:g} passed", is_task_timeout=True)
         limit = flow.flow.timeout_seconds if flow and flow.flow else None
         if flow and _has_passed(flow.start_time, limit, at):
+            # Whether by its scope or by a `cancel()`: `gather` passes the scope's on to tasks that aren't in it.
             return Cause(f"the flow's timeout_seconds={limit:g} passed")
     if intent == "cancel":
         return Cause("the flow run was cancelled")

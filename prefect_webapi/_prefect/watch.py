@@ -67,13 +67,17 @@ class _Watched:
     flow: FlowRunContext | None
     flow_state: UUID | None  # of the flow run when the call was made
     cancel_event: threading.Event | None
+    leaves_job: bool  # as its task says, by on_exit
     is_told: bool = False
 
     def tell(self, reason: str) -> None:
-        """Its job shall end; said once."""
+        """Its job shall end, or be left; said once."""
         if not self.is_told:
             self.is_told = True
-            self.ticket.cancel(reason)
+            if self.leaves_job:
+                self.ticket.detach()
+            else:
+                self.ticket.cancel(reason)
 
     @property
     def is_shut_down(self) -> bool:
@@ -110,8 +114,19 @@ class Watch:
         self._told = False
         self._missing: dict[str, float] = {}  # flow run to when it was first missing, monotonic
 
-    def add(self, ticket: Ticket, flow_runs: Iterable[str], task_run: UUID) -> Callable[[], None]:
-        """Watch over a call until the returned function is called. Called in the task's context."""
+    def add(
+        self,
+        ticket: Ticket,
+        flow_runs: Iterable[str],
+        task_run: UUID,
+        *,
+        leaves_job: bool = False,
+    ) -> Callable[[], None]:
+        """Watch over a call until the returned function is called. Called in the task's context.
+
+        Args:
+            leaves_job: whatever ends the call, its job goes on.
+        """
         flow = FlowRunContext.get()
         run = flow.flow_run if flow else None
         watched = _Watched(
@@ -120,6 +135,7 @@ class Watch:
             flow,
             run.state.id if run and run.state else None,
             cancel_event_of(task_run),
+            leaves_job,
         )
         with self._lock:
             self._watched[id(watched)] = watched

@@ -25,7 +25,7 @@ from prefect_webapi._prefect.causes import Cause, cause_of, control_intent
 from prefect_webapi._prefect.watch import Watch, cancel_event_of
 from prefect_webapi.testing import EmbeddedJobServer
 from tests.support.jobserver import TOKEN
-from tests.support.prefect import PrefectServer, Scripts
+from tests.support.prefect import PrefectServer, Scripts, prefect_leaks
 from tests.support.waiting import eventually, eventually_blocking
 
 
@@ -143,7 +143,42 @@ def test_only_a_scope_that_is_over_counts_as_a_timeout(prefect_api: PrefectServe
     assert scope == Cause("the task's timeout_seconds=5 passed", is_task_timeout=True)
 
 
+@prefect_leaks
+def test_a_flows_timeout_is_named_outside_its_scope_too(prefect_api: PrefectServer) -> None:
+    """CASE-122: the tasks of `gather` and `ensure_future` aren't in the scope that ends them."""
+    later = datetime.now(UTC) + timedelta(minutes=1)
+
+    @flow(timeout_seconds=30)
+    async def around() -> list[str]:
+        async def beside() -> list[str]:
+            return [cause_of(asyncio.CancelledError(), now=at).reason for at in (None, later)]
+
+        return await asyncio.ensure_future(beside())
+
+    assert asyncio.run(around()) == [
+        "the task was cancelled",
+        "the flow's timeout_seconds=30 passed",
+    ]
+
+
 # --- the watch ------------------------------------------------------------------------------------------------------
+
+
+async def test_a_task_that_leaves_its_job_is_detached_whatever_is_heard() -> None:
+    """D11: `on_exit="leave"`."""
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    watch, call = Watch(), Call()
+    runner = asyncio.ensure_future(watch.run(_no_api(), 60, 60))
+    try:
+        await asyncio.sleep(0)
+        watch.add(call, ["11111111-1111-1111-1111-111111111111"], uuid4(), leaves_job=True)  # pyright: ignore[reportArgumentType] # a stand-in
+        signal.raise_signal(signal.SIGTERM)
+        await eventually(lambda: call.told, within=5)
+    finally:
+        runner.cancel()
+        await asyncio.gather(runner, return_exceptions=True)
+        signal.signal(signal.SIGTERM, before)
+    assert call.told == ["detached"]
 
 
 async def test_a_signal_ends_the_calls_of_flows_and_reaches_the_former_handler() -> None:
