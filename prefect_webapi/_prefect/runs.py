@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from functools import partial
+from urllib.parse import urlsplit
 from uuid import UUID
 
 from prefect.client.orchestration import PrefectClient
@@ -14,6 +15,7 @@ from prefect.client.schemas.filters import (
     TaskRunFilterId,
 )
 from prefect.client.schemas.objects import FlowRun, StateType, TaskRun
+from prefect.settings import PREFECT_API_URL, get_current_settings
 
 from prefect_webapi._prefect.api import Api
 from prefect_webapi.engine.request import Fate, RunState
@@ -39,6 +41,14 @@ class PrefectRuns:
 
     def __init__(self, api: Api) -> None:
         self._api = api
+
+    @property
+    def home(self) -> str:
+        url = PREFECT_API_URL.value()
+        if not url:  # a server of this process's own, on the data base of its home
+            return str(get_current_settings().home)
+        parts = urlsplit(str(url))
+        return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="").geturl()
 
     async def fates(self, flows: Collection[str], tasks: Collection[str], /) -> Mapping[str, Fate]:
         found: dict[str, Fate] = {}

@@ -43,7 +43,7 @@ async def ask_to_end(services: Services, calls: Calls, job: Job, ending: Ending)
     job.request.reporter.cancelling(job.record, ending.reason)
     settings = job.loaded.settings
     tries, silent_until = 0, float("-inf")
-    while job.record.state is JobState.CANCELLING:
+    while job.record.state is JobState.CANCELLING and not job.is_left:
         await calls.permit(job.loaded, "write")
         fault_point("KP-22")
         job.delete_tries += 1

@@ -85,6 +85,7 @@ async def draft_for(
             task_name=request.task_name,
             task_key=request.task_key,
             deployment=caller.deployment,
+            home=services.runs.home,
             labels=dict(caller.labels),
             namespace=caller.namespace,
             resource_namespace=namespace,

@@ -5,11 +5,8 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any
-
-from pydantic import ValidationError
 
 from prefect_webapi.contract.phase import Phase, PhaseInfo
 from prefect_webapi.contract.task import JobSpec
@@ -24,7 +21,7 @@ from prefect_webapi.ledger.records import JobState, Move, MoveResult, Record, Ru
 from prefect_webapi.quotas import SlotLease
 from prefect_webapi.registry import Loaded
 
-__all__ = ["Others", "free", "release", "request_of", "settle", "take_over"]
+__all__ = ["Others", "close", "free", "release", "request_of", "settle", "spec_of", "take_over"]
 
 logger = logging.getLogger(__name__)
 
@@ -80,22 +77,32 @@ class Others:
     async def hand_out(self, record: Record, spec: JobSpec[Any], loaded: Loaded) -> Outcome:
         """The result that the ledger keeps of a job that is over: no remote call is made."""
         if record.state is not JobState.CLOSED and not await self.drive(record):
-            await _close(self._services, record)
+            await close(self._services, record)
         return await _told(self._services, record, spec, loaded)
 
 
-async def take_over(services: Services, record: Record) -> Record | None:
-    """Become the owner of a dead process's job (or of one that this process had let go); None: look again."""
+async def take_over(
+    services: Services, record: Record, caller: Caller | None = None
+) -> Record | None:
+    """Become the owner of a dead process's job (or of one that this process had let go); None: look again.
+
+    Args:
+        caller: whose runs own the job from now on; None: nobody's new.
+    """
     move = Move(
         old=record,
         state=record.state,
         at=record.updated_at,
         take_over=True,
         runtime=services.runtime_id,
+        runs=None if caller is None else (caller.flow_run, caller.root_run, caller.task_run),
     )
     if await services.store.move(move) is not MoveResult.OK:
         return None
-    return await services.store.get(record.key)
+    taken = await services.store.get(record.key)
+    if taken is None or (taken.fence, taken.runtime) != (record.fence + 1, services.runtime_id):
+        return None  # another call was quicker in between
+    return taken
 
 
 async def release(services: Services, record: Record) -> None:
@@ -104,8 +111,13 @@ async def release(services: Services, record: Record) -> None:
     await services.store.move(move)
 
 
-async def settle(services: Services, record: Record, event: Event, info: PhaseInfo) -> bool:
+async def settle(
+    services: Services, record: Record, event: Event, info: PhaseInfo, *, closes: bool = True
+) -> bool:
     """Close the record of a job that no process drives and that is known, or given up, as over.
+
+    Args:
+        closes: nobody will come back for its end; False: the end waits in the record for a caller.
 
     Returns:
         False: another process was first.
@@ -116,7 +128,7 @@ async def settle(services: Services, record: Record, event: Event, info: PhaseIn
     now = services.clock.now()
     if not taken.state.is_over:
         state = machine.next_state(taken.state, event)
-        told = {"phase": info, "last_error": info.reason, "orphaned": True, "spec": None}
+        told = {"phase": info, "last_error": info.reason, "orphaned": closes, "spec": None}
         move = Move(
             old=taken,
             state=state,
@@ -128,21 +140,29 @@ async def settle(services: Services, record: Record, event: Event, info: PhaseIn
             return False
         taken = replace(taken, state=state)
     free(services, taken)
+    if not closes:
+        return True
     state = machine.next_state(taken.state, Event.SETTLED)
     return await services.store.move(Move(old=taken, state=state, at=now)) is MoveResult.OK
+
+
+def spec_of(record: Record, loaded: Loaded) -> JobSpec[Any] | None:
+    """What create sent; None: it was not kept, or this version of the plugin can't read it."""
+    if record.details.spec is None:
+        return None
+    try:
+        return loaded.entry.spec.model_validate_json(json.dumps(record.details.spec))
+    except Exception as error:  # noqa: BLE001 - an author's validators may raise anything
+        logger.info("the spec of job %s can't be read: %s", record.key, type(error).__name__)
+        return None
 
 
 def request_of(record: Record, loaded: Loaded) -> JobRequest:
     """The call that made a record, as far as the record tells: the task's arguments are not in it."""
     details = record.details
-    kind = loaded.entry.spec
-    spec = kind.model_construct()  # enough for what needs only the key
-    if details.spec is not None:
-        with suppress(ValidationError):  # a newer version of the plugin has another spec
-            spec = kind.model_validate_json(json.dumps(details.spec))
     return JobRequest(
         task_type=record.task_type,
-        spec=spec,
+        spec=spec_of(record, loaded) or JobSpec[Any](),  # enough for what needs only the key
         task_key=details.task_key,
         task_name=details.task_name,
         caller=Caller(
@@ -194,7 +214,7 @@ async def _told(services: Services, record: Record, spec: JobSpec[Any], loaded: 
     )
 
 
-async def _close(services: Services, record: Record) -> None:
+async def close(services: Services, record: Record) -> None:
     """Finish what a dead process left undone on a job that is over."""
     taken = await take_over(services, record)
     if taken is None:

@@ -87,6 +87,8 @@ class Job:
     Attributes:
         is_swept: the sweeper has it driven, although no call waits for it.
         closes: its record is closed with its end; False: the end waits there for a caller to come back.
+        is_guess: its connection was named by a person, so that its service knows no such job proves nothing.
+        failure: what stopped it in the engine.
         orphaned: why it ends as soon as it is seen alive: nobody wants it any more.
     """
 
@@ -96,11 +98,13 @@ class Job:
         "delete_taken",
         "delete_tries",
         "ending",
+        "failure",
         "grace",
         "handle",
         "holds_capacity",
         "is_deleting",
         "is_finishing",
+        "is_guess",
         "is_left",
         "is_sending",
         "is_swept",
@@ -143,6 +147,8 @@ class Job:
         self.is_left = False
         self.is_sending = False
         self.is_swept = False
+        self.is_guess = False
+        self.failure: Exception | None = None
         self.closes = True
         self.writing = anyio.Lock()
         self.delete_taken = False
@@ -156,7 +162,7 @@ class Job:
     @property
     def takes_callers(self) -> bool:
         """Whether who asks for the job now waits for this one, and does not get an attempt of its own."""
-        if self.is_left:
+        if self.is_left or self.record.details.orphaned:
             return False
         return self.ending is None or (self.is_swept and self.ending is not self.orphaned)
 

@@ -53,11 +53,11 @@ class Pulse:
 
 
 def is_alive(row: RuntimeRow | None, *, me: RuntimeRow, now: datetime) -> bool:
-    """Dead: never registered, silent for 30 s, or on this host and its process is gone.
+    """Dead: never registered, ended in order, silent for 30 s, or on this host and its process is gone.
 
     A pid is believed only together with the process's start time: containers begin their pids anew.
     """
-    if row is None or now - row.last_beat > SILENT_AFTER:
+    if row is None or not row.pid or now - row.last_beat > SILENT_AFTER:
         return False
     if row.host != me.host:
         return True

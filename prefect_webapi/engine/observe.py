@@ -170,6 +170,8 @@ class Observer:
             poller.retry_at(observation.watched, pause)
             return
         self.forget(job)
+        if job.is_guess:
+            return
         told = "the service no longer knows the job"
         if job.record.state is JobState.CANCELLING:
             self._driver.over(job, PhaseInfo.aborted(told))
@@ -184,7 +186,7 @@ class Observer:
         self._services.metrics.count("sync_errors_total", plugin=job.record.plugin)
         logger.debug("read %s of job %s failed: %s", failures, job.record.key, code)
         bound = job.loaded.config.caching.max_system_failures
-        if job.record.state is JobState.CANCELLING or failures <= bound:
+        if job.record.state is JobState.CANCELLING or failures <= bound or job.is_swept:
             poller.again(observation.watched, failed=True)
             return
         lost = f"lost contact after {failures} failures"

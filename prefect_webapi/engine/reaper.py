@@ -26,8 +26,8 @@ from prefect_webapi.contract.phase import PhaseInfo
 from prefect_webapi.contract.plugin import AsyncPlugin, overrides
 from prefect_webapi.engine.adapters import handle_adapter
 from prefect_webapi.engine.calls import can_clear_up, is_sync
-from prefect_webapi.engine.handover import free, release, settle, take_over
-from prefect_webapi.engine.job import Ending
+from prefect_webapi.engine.handover import free, release, settle, spec_of, take_over
+from prefect_webapi.engine.job import Ending, Job
 from prefect_webapi.engine.liveness import is_alive
 from prefect_webapi.engine.machine import Event, next_state
 from prefect_webapi.engine.request import Fate, RunState
@@ -44,7 +44,6 @@ OPEN = tuple(state for state in JobState if state is not JobState.CLOSED)
 AT_ONCE = 500
 PATIENCE = timedelta(seconds=20)
 """How long a pass waits for the next job to be gone; what takes longer is the next pass's."""
-BURY_AFTER = timedelta(days=1)
 
 
 class Action(StrEnum):
@@ -102,9 +101,12 @@ class SweepReport(_Value):
 
 @dataclass(frozen=True, slots=True)
 class _Decision:
+    """`closes`: nobody will come back for the end. `is_last`: what this pass can't end is given up."""
+
     action: Action
     reason: str
     closes: bool = True
+    is_last: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,6 +234,7 @@ class _Pass:
         self._services = runtime.services
         self._connection = connection
         self._troubles: list[str] = []
+        self._taken: list[Job] = []
         self._loaded: dict[tuple[str, str, str], Loaded | None] = {}
 
     async def run(
@@ -239,18 +242,18 @@ class _Pass:
     ) -> SweepReport:
         store = self._services.store
         now = self._services.clock.now()
-        rows = {row.id: row for row in await store.runtimes()}
         found = [
             record
             for record in await store.select(states=OPEN)
             if only is None or record.key in only
         ]
+        rows = {row.id: row for row in await store.runtimes()}  # after them: it names each owner
         free_records = [record for record in found if not self._is_driven(record, rows, now)]
         cases = await self._cases(free_records, rows)
         plans = [
             (case, decision)
             for case in cases
-            if (decision := _decide(case, self._settings(case.loaded), now)) is not None
+            if (decision := _decide(case, self._settings(case.loaded), now, self._home)) is not None
         ]
         plans = await self._name_the_superseded(plans)
         report = SweepReport(
@@ -267,6 +270,12 @@ class _Pass:
         await self._carry_out(plans)
         if not stay:
             await self._wait(plans)
+            await self._give_up_the_last(plans)
+        self._troubles += [
+            f"job {job.record.key}: {type(job.failure).__name__}"
+            for job in self._taken
+            if job.failure is not None
+        ]
         report = report.model_copy(
             update={"jobs": tuple([await self._told(j) for j in report.jobs])}
         )
@@ -277,7 +286,6 @@ class _Pass:
                     "pruned": await store.prune(now - self._services.settings.ledger_retention),
                 }
             )
-            await self._bury(rows, now)
         self._count(report)
         return report.model_copy(update={"troubles": tuple(self._troubles)})
 
@@ -332,6 +340,7 @@ class _Pass:
     ) -> list[tuple[_Case, _Decision]]:
         """Tell orphans that a later run of their flow has left behind from those that nobody came back for."""
         orphans = [c.record for c, d in plans if d.action is Action.END and c.record.root_run]
+        keys = {record.key for record in orphans}
         newest: dict[tuple[str, str], datetime] = {}
         for run in {record.root_run for record in orphans}:
             for other in await self._services.store.select(root_run=run):
@@ -339,9 +348,10 @@ class _Pass:
                 newest[place] = max(newest.get(place, other.created_at), other.created_at)
         return [
             (case, _superseded(decision))
-            if case.record in orphans
+            if case.record.key in keys
             and not case.record.cancel_reason
-            and newest[case.record.root_run, case.record.details.task_key] > case.silent
+            and newest.get((case.record.root_run, case.record.details.task_key), case.silent)
+            > case.silent
             else (case, decision)
             for case, decision in plans
         ]
@@ -357,6 +367,9 @@ class _Pass:
                     await self._act(case, decision)
                 except WebApiError as error:
                     self._troubles.append(f"job {case.record.key}: {error}")
+                except Exception as error:  # one job hurts no other
+                    logger.exception("job %s could not be swept", case.record.key)
+                    self._troubles.append(f"job {case.record.key}: {type(error).__name__}")
 
         async with anyio.create_task_group() as group:
             for case, decision in plans:
@@ -372,12 +385,21 @@ class _Pass:
                 if record.state.job_may_exist:
                     info = PhaseInfo.system_failure("GivenUp", decision.reason)
                     logger.error("job %s is given up: %s", record.key, decision.reason)
-                await settle(self._services, record, _event_of_the_end(record), info)
+                event = _event_of_the_end(record)
+                await settle(self._services, record, event, info, closes=decision.closes)
             case Action.END | Action.LOOK:
                 assert case.loaded is not None
                 ends = decision.action is Action.END and record.cancel_reason is None
                 orphaned = Ending(decision.reason) if ends else None
-                if await self._runtime.adopt(record, case.loaded, orphaned, closes=decision.closes):
+                job = await self._runtime.adopt(
+                    record,
+                    case.loaded,
+                    orphaned,
+                    closes=decision.closes,
+                    is_guess=record.connection == INLINE,
+                )
+                if job is not None:
+                    self._taken.append(job)
                     logger.info("job %s is taken up: %s", record.key, decision.reason)
 
     async def _wait(self, plans: Sequence[tuple[_Case, _Decision]]) -> None:
@@ -398,17 +420,26 @@ class _Pass:
         for key in left:
             await self._runtime.give_up(key)
 
+    async def _give_up_the_last(self, plans: Sequence[tuple[_Case, _Decision]]) -> None:
+        """What was asked to end for as long as the horizon, and again just now, is waited for no longer."""
+        for case, decision in plans:
+            record = await self._services.store.get(case.record.key) if decision.is_last else None
+            if record is None or record.state is not JobState.CANCELLING or record.runtime:
+                continue
+            told = f"{decision.reason}; the service never confirmed the end"
+            logger.error("job %s is given up: %s", record.key, told)
+            info = PhaseInfo.system_failure("GivenUp", told)
+            await settle(self._services, record, Event.ENDED, info, closes=decision.closes)
+
     async def _told(self, line: Swept) -> Swept:
         now = await self._services.store.get(JobKey(line.job_key))
         if now is None:
             return line
         return line.model_copy(update={"came_to": _came_to(line, now)})
 
-    async def _bury(self, rows: Mapping[str, RuntimeRow], now: datetime) -> None:
-        """Forget processes that nobody has heard of for long."""
-        for row in rows.values():
-            if now - row.last_beat > BURY_AFTER:
-                await self._services.store.farewell(row.id)
+    @property
+    def _home(self) -> str:
+        return self._services.runs.home
 
     def _count(self, report: SweepReport) -> None:
         for job in report.jobs:
@@ -416,10 +447,14 @@ class _Pass:
                 self._services.metrics.count("orphans_total", plugin=job.plugin)
 
 
-def _decide(case: _Case, settings: EngineSettings, now: datetime) -> _Decision | None:
-    """What is to be done with a record that no living process drives; None: nothing now."""
+def _decide(case: _Case, settings: EngineSettings, now: datetime, home: str) -> _Decision | None:
+    """What is to be done with a record that no living process drives; None: nothing now.
+
+    Args:
+        home: which Prefect was asked how the runs stand.
+    """
     record = case.record
-    over = _why_over(case, settings, now)
+    over = _why_over(case, settings, now, home)
     if record.state is JobState.DELIVERED:
         return _Decision(
             Action.CLOSE, "it was delivered; its process died before it closed the record"
@@ -428,25 +463,28 @@ def _decide(case: _Case, settings: EngineSettings, now: datetime) -> _Decision |
         return _Decision(Action.CLOSE, over) if over else None
     if not record.state.job_may_exist:
         reason = record.cancel_reason or over or _past_deadline(record, now)
-        return _Decision(Action.CLOSE, f"{reason}; nothing was sent") if reason else None
+        told = f"{reason}; nothing was sent"
+        return _Decision(Action.CLOSE, told, closes=over is not None) if reason else None
     wish = record.cancel_reason or over
-    if now - record.updated_at > settings.reaper_horizon and (
-        record.state in (JobState.CANCELLING, JobState.SUSPECT)
-    ):
-        told = f"{wish or 'create was sent and its outcome never became known'}; not settled for"
-        return _Decision(Action.GIVE_UP, f"{told} {format_duration(settings.reaper_horizon)}")
-    if wish and record.details.on_exit == "leave" and record.cancel_reason is None:
+    is_last = now - record.updated_at > settings.reaper_horizon
+    if stuck := _stuck(case):
+        if is_last and record.state in (JobState.CREATING, JobState.SUSPECT, JobState.CANCELLING):
+            horizon = format_duration(settings.reaper_horizon)
+            return _Decision(Action.GIVE_UP, f"{stuck}. That was not done for {horizon}")
+        if not wish and record.state is not JobState.SUSPECT:
+            return None
+        return _Decision(Action.REPORT, f"{wish or 'in doubt'}; {stuck}")
+    if over and record.details.on_exit == "leave" and record.cancel_reason is None:
         return _Decision(Action.LOOK, f"{over}; its task lets jobs go on (on_exit='leave')")
-    if not wish and _past_deadline(record, now):
-        wish = _past_deadline(record, now)
-        return _unless_stuck(case, _Decision(Action.LOOK, str(wish), closes=False))
+    if not wish and (late := _past_deadline(record, now)):
+        return _Decision(Action.LOOK, late, closes=False)
     if not wish:
-        stuck = _stuck(case) if record.state is JobState.SUSPECT else None
-        return _Decision(Action.REPORT, stuck) if stuck else None
-    return _unless_stuck(case, _Decision(Action.END, wish, closes=over is not None))
+        return None
+    is_last = is_last and record.state is JobState.CANCELLING
+    return _Decision(Action.END, wish, closes=over is not None, is_last=is_last)
 
 
-def _why_over(case: _Case, settings: EngineSettings, now: datetime) -> str | None:
+def _why_over(case: _Case, settings: EngineSettings, now: datetime, home: str) -> str | None:
     """Why nobody will come for the job any more; None: somebody may."""
     fate = case.fate
     quiet = now - max(case.silent, fate.since or case.silent)
@@ -457,9 +495,11 @@ def _why_over(case: _Case, settings: EngineSettings, now: datetime) -> str | Non
             return "the flow run was paused"
         case RunState.FINAL if quiet >= settings.orphan_after:
             return f"orphan: its run has ended as {fate.name} and no process came back for it"
-        case RunState.MISSING if quiet >= settings.orphan_after:
+        case RunState.MISSING if (
+            quiet >= settings.orphan_after and case.record.details.home == home
+        ):
             return "orphan: its run is no longer known to Prefect"
-        case RunState.RUNNING if now - case.silent >= settings.abandon_after:
+        case RunState.RUNNING if quiet >= settings.abandon_after:
             silence = format_duration(settings.abandon_after)
             return (
                 f"abandoned: its run counts as {fate.name}, but its process is gone for {silence}"
@@ -472,11 +512,6 @@ def _past_deadline(record: Record, now: datetime) -> str | None:
     return "its deadline has passed" if record.deadline and record.deadline <= now else None
 
 
-def _unless_stuck(case: _Case, decision: _Decision) -> _Decision:
-    stuck = _stuck(case)
-    return _Decision(Action.REPORT, f"{decision.reason}; {stuck}") if stuck else decision
-
-
 def _stuck(case: _Case) -> str | None:
     """Why no process can act on the job; None: one can."""
     record, loaded = case.record, case.loaded
@@ -487,7 +522,9 @@ def _stuck(case: _Case) -> str | None:
     if record.state not in (JobState.CREATING, JobState.SUSPECT) or is_sync(loaded):
         return None
     can_find = isinstance(loaded.plugin, AsyncPlugin) and overrides(loaded.plugin, "find")
-    if can_clear_up(loaded) and (can_find or record.details.spec is not None):
+    sends_again = record.details.on_exit != "leave" or record.cancel_reason is not None
+    knows = can_find or (sends_again and spec_of(record, loaded) is not None)
+    if can_clear_up(loaded) and knows and record.connection != INLINE:
         return None
     return (
         f"create was sent and its outcome is unknown: look for job {record.key} at the service, then settle it "

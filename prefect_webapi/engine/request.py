@@ -155,6 +155,11 @@ class Fate:
 class Runs(Protocol):
     """Knows the runs that own jobs."""
 
+    @property
+    def home(self) -> str:
+        """Which Prefect it asks: another one does not know ours, and that means nothing."""
+        ...
+
     async def fates(self, flows: Collection[str], tasks: Collection[str], /) -> Mapping[str, Fate]:
         """How these flow runs and task runs stand, by id.
 

@@ -36,7 +36,7 @@ from prefect_webapi.engine.cancel import ask_to_end
 from prefect_webapi.engine.channels import Channel, Channels
 from prefect_webapi.engine.drafts import conflict, draft_for, view_for
 from prefect_webapi.engine.faults import fault_point
-from prefect_webapi.engine.handover import Others, release, request_of, take_over
+from prefect_webapi.engine.handover import Others, close, release, request_of, take_over
 from prefect_webapi.engine.job import Call, Ending, Job, persist
 from prefect_webapi.engine.liveness import BEAT_EVERY
 from prefect_webapi.engine.machine import Event
@@ -195,28 +195,46 @@ class Runtime:
         return job is not None and job.last is not None
 
     async def adopt(
-        self, record: Record, loaded: Loaded, orphaned: Ending | None = None, *, closes: bool = True
-    ) -> bool:
+        self,
+        record: Record,
+        loaded: Loaded,
+        orphaned: Ending | None = None,
+        *,
+        closes: bool = True,
+        is_guess: bool = False,
+    ) -> Job | None:
         """Drive a job that no process drives, although no call waits for it: the sweeper's door.
+
+        It is on its way when this returns; how it went is in the ledger, and in `failure`.
 
         Args:
             orphaned: why it shall end if it is seen alive; None: it is looked after as any other.
             closes: nobody will come back for its end.
+            is_guess: `loaded` was named by a person; that its service knows no such job proves nothing.
 
         Returns:
-            False: another process was first.
+            None: another process, or a call, was first.
         """
         if self.drives(record.key):
-            return False
+            return None
         channel = await self._channels.open(loaded)
         taken = await take_over(self._services, record)
-        if taken is None:
-            return False
+        if taken is None or self.drives(record.key):
+            return None
+        job = self._swept(taken, loaded)
+        job.orphaned, job.closes, job.is_guess = job.orphaned or orphaned, closes, is_guess
+        self._tasks.start_soon(partial(self._drive, job, channel, made=False))
+        return job
+
+    def _swept(self, taken: Record, loaded: Loaded) -> Job:
+        """A job that nobody waits for, in the place where calls look for it."""
         request = request_of(taken, loaded)
         job = Job(taken, request, loaded, view_for(self._services, loaded, request, taken))
-        job.is_swept, job.orphaned, job.closes = True, orphaned, closes
-        await self._drive(job, channel, made=False)
-        return True
+        job.is_swept = True
+        if taken.details.orphaned:
+            job.orphaned = Ending(taken.cancel_reason or "orphan")
+        self._jobs[taken.key] = job
+        return job
 
     async def give_up(self, key: JobKey) -> None:
         """Look after a job that was adopted no longer, unless a call has come to wait for it."""
@@ -241,6 +259,8 @@ class Runtime:
     async def _perform(
         self, work: Callable[[Runtime], Awaitable[T]], done: concurrent.futures.Future[T]
     ) -> None:
+        if not done.set_running_or_notify_cancel():  # who waits may go, the work is finished
+            return
         try:
             done.set_result(await work(self))
         except Exception as error:  # noqa: BLE001 - it is raised where `done` is waited for
@@ -342,6 +362,9 @@ class Runtime:
                 draft = replace(draft, is_retry=draft.is_retry or not known.is_left)
                 continue
             if record.state.is_over and not drawn.made:
+                if record.details.orphaned and record.state is not JobState.CLOSED:
+                    await close(services, record)  # nobody was told, and nobody shall be
+                    continue
                 call.answer(await self._others.hand_out(record, request.spec, loaded))
                 return
             if not drawn.made:
@@ -355,10 +378,14 @@ class Runtime:
                         continue
                     call.answer(outcome)
                     return
-                taken = await take_over(services, record)
+                taken = await take_over(services, record, request.caller)
                 if taken is None:
                     continue
                 record = taken
+                if record.details.orphaned:  # it is being ended; then this call gets another
+                    ending = self._swept(record, loaded)
+                    self._tasks.start_soon(partial(self._drive, ending, channel, made=False))
+                    continue
             view = view_for(services, loaded, request, record)
             job = Job(record, request, loaded, view)
             await self._drive(job, channel, made=drawn.made, call=call)
@@ -366,7 +393,10 @@ class Runtime:
 
     def _attach(self, call: Call, job: Job) -> None:
         job.calls.append(call)
-        job.is_swept, job.orphaned, job.closes = False, None, True  # somebody wants it
+        if job.is_swept:  # somebody wants it: from now on it is this call's
+            job.is_swept, job.orphaned, job.closes = False, None, True
+            job.request = call.request
+            job.view = view_for(self._services, job.loaded, call.request, job.record)
         self._entering.discard(call)
         ended = self._ended.pop(call, None)
         if ended is not None:
@@ -409,9 +439,10 @@ class Runtime:
             self._let_go(job)
         except Exception as error:
             logger.exception("job %s failed in the engine", job.record.key)
+            job.failure = error
             for call in job.calls:
                 call.fail(error)
-            self._let_go(job)
+            await self._part(job)
 
     async def _advance(self, job: Job, channel: Channel, *, made: bool) -> None:
         """Do the next step of the state that the record is in."""
@@ -426,14 +457,15 @@ class Runtime:
             await channel.capacity.take()
             job.holds_capacity = True
 
-        if not await job.unless_ending(be_tracked) and (made or job.is_left):
+        tracked = job.is_swept or await job.unless_ending(be_tracked)  # a pass bounds itself
+        if not tracked and (made or job.is_left):
             await self._give_up(job)
             return
         match job.record.state:
             case JobState.CREATED | JobState.CANCELLING:
                 self._resume(job)
                 if job.record.state is JobState.CANCELLING:
-                    job.ending = Ending(job.record.cancel_reason or "cancelled")
+                    job.ending = job.orphaned or Ending(job.record.cancel_reason or "cancelled")
                     await self._delete(job)
                 elif job.ending is not None:
                     await self._delete(job)
@@ -565,8 +597,7 @@ class Runtime:
     def part(self, job: Job, info: PhaseInfo) -> None:
         """The attempt is over, the job is not: the next attempt takes it up."""
         self._deliver(job, info)
-        self._let_go(job)
-        self._tasks.start_soon(self._release, job)
+        self._let_go(job)  # the record stays ours: the attempt that follows is made by this process
 
     def delete(self, job: Job) -> None:
         """The job lives and shall not."""
@@ -617,14 +648,14 @@ class Runtime:
         if job.record.state.is_over:
             return
         services = self._services
-        was_ending = job.ending is not None
+        was_ending, well = job.ending is not None, info.phase is Phase.SUCCESS
         collected = Collected(info)
         if info.phase is Phase.SUCCESS:
             fault_point("KP-14")
             collected = await collect(services, self._calls, job, info, snapshot)
             fault_point("KP-16")
         final = collected.info
-        if final is info and not was_ending:
+        if final is info and (not was_ending or (well and job.ending is job.orphaned)):
             job.ending = None  # it was seen over before anybody wanted that
         if job.ending is not None:
             final = _with_links(
@@ -684,9 +715,13 @@ class Runtime:
         if self._closing or job.record.state.is_over:
             return  # a process that has ended drives nothing
         if (slot := job.slot) is not None:
-            self._services.quotas.forget(slot)
+            if job.lease == job.record.details.lease:
+                self._services.quotas.forget(slot)
+            else:  # lent meanwhile, and nobody would find it
+                self._services.quotas.release(job.record.quotas, slot, weight=job.record.weight)
         with suppress(LedgerError):  # then it counts as ours for as long as this process lives
-            await release(self._services, job.record)
+            async with job.writing:
+                await release(self._services, job.record)
 
     def _deliver(self, job: Job, info: PhaseInfo, value: Any = None) -> None:
         outcome = self._outcome(job.record, job.loaded, info, value, stopped=job.ending is not None)

@@ -29,7 +29,7 @@ from prefect_webapi.engine.adapters import handle_adapter
 from prefect_webapi.engine.calls import Calls, guarantee, is_sync
 from prefect_webapi.engine.evidence import back_off, failure_of, judge
 from prefect_webapi.engine.faults import fault_point
-from prefect_webapi.engine.job import Job, persist, try_persist
+from prefect_webapi.engine.job import Ending, Job, persist, try_persist
 from prefect_webapi.engine.machine import Event
 from prefect_webapi.engine.services import Services
 from prefect_webapi.ledger.records import JobState, Lease
@@ -186,8 +186,8 @@ async def _create(services: Services, calls: Calls, job: Job, *, unsent: bool) -
             if found is not None:
                 return await _adopt(services, calls, job, found)
             unsent = True  # it would be visible by now
-            if job.orphaned is not None:
-                job.end(job.orphaned)
+            if job.is_swept:  # nobody is there who would want another
+                job.end(job.orphaned or Ending("its create never arrived, and its run has ended"))
     failed = 0
     while True:
         if not await job.unless_ending(partial(calls.permit, loaded, "write")):
@@ -225,9 +225,17 @@ async def _create(services: Services, calls: Calls, job: Job, *, unsent: bool) -
             if isinstance(error, AlreadyExists):
                 return await _adopt_existing(services, calls, job, error)
             match verdict.then:
-                case "refused":
-                    info = failure_of(error)
-                    return Refused(info)
+                case "refused" if unsent:
+                    return Refused(failure_of(error))
+                case "refused":  # this one made nothing; an earlier one may have
+                    found = await _find(services, calls, job) if can_find else None
+                    if found is not None:
+                        return await _adopt(services, calls, job, found)
+                    if can_find:
+                        return Refused(failure_of(error))
+                    info = outcome_unknown(job, f"sent again, it was refused: {error.message}")
+                    await _note_stuck(services, job, info)
+                    return Stuck(info)
                 case "stuck":
                     info = (
                         outcome_unknown(job, f"{error.code}: {error.message}")
@@ -415,7 +423,7 @@ async def _do(services: Services, calls: Calls, job: Job, *, unsent: bool) -> Su
     loaded = job.loaded
     settings = loaded.settings
     promise = guarantee(loaded)
-    if not unsent and promise == "at-most-once":
+    if not unsent and (promise == "at-most-once" or job.is_unwanted):
         return _do_unknown("the process that sent it has ended")
     failed = 0
     while True:

@@ -95,6 +95,7 @@ class Details(_Stored):
 
     Attributes:
         attempt / max_attempts: as Prefect counted them when the record was made.
+        home: which Prefect knows the runs that own the job.
         tries: how often create was sent; delete_tries: how often delete.
         phase: the last one known; terminal once the job is over.
         steps: history for people, oldest first.
@@ -108,6 +109,7 @@ class Details(_Stored):
     task_name: str = ""
     task_key: str = ""
     deployment: str = ""
+    home: str = ""
     labels: dict[str, str] = Field(default_factory=dict)
     namespace: str = ""
     resource_namespace: str | None = None
@@ -225,6 +227,7 @@ class Move:
         old: the record as its writer knows it.
         state: the new state (may equal the old one).
         take_over: become the owner: the fence rises by one and `runtime` is set.
+        runs: flow run, root run and task run of the call that takes it over.
         count: +1: take `weight` places of each quota's row, FULL if one has not so many free; -1: give
             them back; 0: leave the rows alone. Ignored for a record without quota.
     """
@@ -234,6 +237,7 @@ class Move:
     at: datetime
     take_over: bool = False
     runtime: str | None = None
+    runs: tuple[str, str, str] | None = None
     handle: str | None = None
     cancel_reason: str | None = None
     details: Details | None = None
@@ -251,7 +255,12 @@ class QuotaRow:
 
 @dataclass(frozen=True, slots=True)
 class RuntimeRow:
-    """A process that drives jobs. `born`: seconds from the machine's start to its own, tells a reused pid apart."""
+    """A process that drives jobs.
+
+    Attributes:
+        pid: 0 once it has ended in order; `last_beat` is when.
+        born: seconds from the machine's start to its own, tells a reused pid apart.
+    """
 
     id: str
     host: str

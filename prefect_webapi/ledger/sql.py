@@ -55,6 +55,11 @@ _LOCK_RATE = text(
 _MOST_TURNS, _LEAST_SECONDS = 1_000, 60.0
 """A turn that is further away than both was taken before the machine started anew, or its clock was set back."""
 
+_FAREWELL = text("UPDATE webapi_runtime SET pid = 0, last_beat = :at WHERE id = :id")
+_BURY = text(
+    "DELETE FROM webapi_runtime WHERE last_beat < :before AND id NOT IN"
+    " (SELECT runtime FROM webapi_job WHERE state <> 'CLOSED')"
+)
 _BEAT = text(
     "INSERT INTO webapi_runtime (id, host, pid, born, started, last_beat)"
     " VALUES (:id, :host, :pid, :born, :started, :last_beat)"
@@ -188,13 +193,14 @@ class SqlStore(SqlReader):
 
     async def farewell(self, runtime: str) -> None:
         await self._execute(delete(schema.queue).where(schema.queue.c.runtime == runtime))
-        await self._execute(delete(schema.runtime).where(schema.runtime.c.id == runtime))
+        at = micros(self._clock.now())  # since when nobody drives what it leaves
+        await self._execute(_FAREWELL, {"id": runtime, "at": at})
 
     # --- keeping it small --------------------------------------------------------------------
 
     async def prune(self, before: datetime) -> int:
         at = micros(before)
-        await self._execute(delete(schema.runtime).where(schema.runtime.c.last_beat < at))
+        await self._execute(_BURY, {"before": at})
         await self._execute(delete(schema.queue).where(schema.queue.c.asked_at < at))
         places = [
             {"base": row.base, "ordinal": row.ordinal}

@@ -44,7 +44,7 @@ _SHIFT = {"was": "text", "had": "int"} | {
     name: _JOB[name]
     for name in (
         *("key", "state", "fence", "runtime", "handle", "cancel_reason", "counted", "failed"),
-        *("updated_at", "details"),
+        *("flow_run", "root_run", "task_run", "updated_at", "details"),
     )
 }
 
@@ -65,7 +65,8 @@ class Statements:
             return f" FOR UPDATE OF {table}" if dialect == "postgresql" else ""
 
         job_columns = ", ".join(_JOB)
-        kept = ("runtime", "handle", "cancel_reason", "counted", "failed", "details")
+        kept = ("runtime", "flow_run", "root_run", "task_run", "handle", "cancel_reason")
+        kept += ("counted", "failed", "details")
         keep = ", ".join(f"{name} = coalesce(v.{name}, webapi_job.{name})" for name in kept)
         claim = {"base": "text", "task_run": "text", "nth": "int"}
 

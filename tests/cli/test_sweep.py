@@ -7,7 +7,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 from uuid import UUID
 
 import pytest
@@ -16,6 +16,8 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
 from prefect.states import Cancelled, Crashed, Running
 
+from prefect_webapi._prefect.api import Api
+from prefect_webapi._prefect.runs import PrefectRuns
 from prefect_webapi._prefect.slots import PrefectSlots
 from prefect_webapi.ledger.records import JobState
 from prefect_webapi.testing import EmbeddedJobServer
@@ -23,7 +25,7 @@ from prefect_webapi_jobserver import ReportJob
 from prefect_webapi_jobserver import entry as job_server_entry
 from tests.cli.command import Command, command_for
 from tests.support.engine import block, engine, request
-from tests.support.prefect import PrefectServer, Scripts
+from tests.support.prefect import PrefectServer, Scripts, save_block
 from tests.support.waiting import eventually
 from tests.support.witness import places_taken, records
 
@@ -54,7 +56,9 @@ class Site:
 
         async def begin() -> None:
             blocks = {connection or self.connection: block(self.server, QUOTA)}
-            with engine(self.folder, [job_server_entry], blocks, slots=PrefectSlots) as host:
+            with engine(
+                self.folder, [job_server_entry], blocks, slots=PrefectSlots, runs=PrefectRuns(Api())
+            ) as host:
                 for run in runs:
                     host.admit(
                         request(spec, run=str(run), connection=connection or self.connection)
@@ -76,7 +80,7 @@ def site(
     monkeypatch: pytest.MonkeyPatch,
 ) -> Site:
     name = f"sweep-{tmp_path.name}".replace("_", "-").lower()[:60]
-    cast(Any, block(job_server, QUOTA)).save(name, overwrite=True)
+    save_block(block(job_server, QUOTA), name)
     url = f"sqlite+aiosqlite:///{tmp_path / 'webapi.db'}"
     monkeypatch.setenv("PREFECT_INTEGRATIONS_WEBAPI_LEDGER_URL", url)
     monkeypatch.setenv("PREFECT_INTEGRATIONS_WEBAPI_ORPHAN_AFTER", "1s")
@@ -189,7 +193,8 @@ def test_the_flow_sweeps_as_the_command_does(site: Site, scripts: Scripts) -> No
     site.leave(run_in(Cancelled()))
     ledger = "PREFECT_INTEGRATIONS_WEBAPI_LEDGER_URL"
     told = scripts.run(
-        Path(__file__).parents[2] / "flows" / "sweep.py", **{ledger: os.environ[ledger]}
+        Path(__file__).parents[2] / "flows" / "sweep.py",
+        PREFECT_INTEGRATIONS_WEBAPI_LEDGER_URL=os.environ[ledger],
     )
     assert "the flow run was cancelled. over as ABORTED" in told
     assert site.server.stats().live == 0

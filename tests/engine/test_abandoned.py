@@ -427,7 +427,7 @@ async def test_a_call_that_comes_while_its_job_is_swept_takes_it_over(
 
         async def adopted(runtime: Any) -> bool:
             loaded = await runtime.services.plugins.get("keys", None, "default")
-            return await runtime.adopt(record, loaded, None)
+            return await runtime.adopt(record, loaded, None) is not None
 
         assert await asyncio.wrap_future(host.perform(adopted))
         ticket = host.admit(

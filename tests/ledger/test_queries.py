@@ -92,7 +92,7 @@ async def test_processes_that_beat_are_known_until_they_say_farewell(store: SqlS
     assert await store.runtimes() == [again, two]
     await store.farewell("one")
     await store.farewell("unknown")
-    assert await store.runtimes() == [two]
+    assert [(row.id, row.pid) for row in await store.runtimes()] == [("one", 0), ("two", 2)]
 
 
 # --- pruning ---------------------------------------------------------------------------------

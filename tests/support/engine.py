@@ -77,6 +77,8 @@ class NoSecrets:
 class GivenRuns:
     """Fates of runs from a mapping, which a test may change; a run that it does not name is running."""
 
+    home = "a Prefect"
+
     def __init__(self, fates: Mapping[str, Fate] | None = None) -> None:
         self.given = dict(fates or {})
 
