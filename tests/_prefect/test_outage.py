@@ -43,7 +43,7 @@ asyncio.run(reports())
 async def test_jobs_go_on_while_prefects_api_is_down_and_results_arrive(
     own_prefect_server: PrefectServer, job_server: EmbeddedJobServer, tmp_path: Path
 ) -> None:
-    """CASE-194, KP-34, REQ-75, REQ-78: the server is killed with all jobs running, stays away beyond their end, and comes back."""
+    """CASE-194, KP-34, REQ-75, REQ-78: the server is killed while jobs run, and comes back after their end."""
     server = own_prefect_server
     with pointed_at(server):
         await block(job_server, {"resourceQuotas": {"default": 6}}).asave("outage")
