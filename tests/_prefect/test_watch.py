@@ -166,7 +166,7 @@ def test_a_flows_timeout_is_named_outside_its_scope_too(prefect_api: PrefectServ
 
 async def test_a_task_that_leaves_its_job_is_detached_whatever_is_heard() -> None:
     """D11: `on_exit="leave"`."""
-    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    before = signal.signal(signal.SIGTERM, _unheard)
     watch, call = Watch(), Call()
     runner = asyncio.ensure_future(watch.run(_no_api(), 60, 60))
     try:
@@ -222,6 +222,10 @@ async def test_jobs_of_a_flow_run_that_was_deleted_end_although_its_process_live
         runner.cancel()
         await asyncio.gather(runner, return_exceptions=True)
     assert call.told == ["the flow run was deleted"]
+
+
+def _unheard(number: int, frame: FrameType | None) -> None:
+    pass
 
 
 def _no_api() -> Any:

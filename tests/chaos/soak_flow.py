@@ -7,7 +7,7 @@ import json
 import random
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from uuid import UUID
 
 from prefect import flow
@@ -27,7 +27,7 @@ for entry in MOODS.values():
     register(entry)
 
 # A retry is for what is nobody's fault: contact lost, an answer that never came.
-TASKS = {
+TASKS: dict[str, Any] = {
     mood: task_for(mood, ReportJob, name=f"{mood} job", retries=10, connection=CONNECTION)
     for mood in MOODS
 }
@@ -48,22 +48,27 @@ def specs(jobs: int, seconds: float, seed: int) -> list[dict[str, Any]]:
 
 @flow(name="soak-part")
 async def part(mood: str, wanted: list[dict[str, Any]]) -> list[str]:
-    return [report.data for report in await asyncio.gather(*(TASKS[mood](**w) for w in wanted))]
+    reports: list[Any] = await asyncio.gather(*(TASKS[mood](**w) for w in wanted))
+    return [report.data for report in reports]
 
 
-@flow(name="soak", task_runner=ThreadPoolTaskRunner(max_workers=50))
+POOL = cast(Any, ThreadPoolTaskRunner(max_workers=50))
+
+
+@flow(name="soak", task_runner=POOL)
 async def soak(mood: str, jobs: int, seconds: float, seed: int) -> list[str]:
     """Awaited side by side, some submitted, some in a subflow; the results in the order of the specs."""
     wanted = specs(jobs, seconds, seed)
     submitted, below = int(jobs * SUBMITTED), int(jobs * IN_SUBFLOW)
     task = TASKS[mood]
-    futures = [task.submit(**w) for w in wanted[:submitted]]
+    futures: list[Any] = [task.submit(**w) for w in wanted[:submitted]]
     inner, *outer = await asyncio.gather(
         part(mood, wanted[submitted : submitted + below]),
         *(task(**w) for w in wanted[submitted + below :]),
     )
-    ends = await asyncio.to_thread(lambda: [future.result() for future in futures])
-    return [*(report.data for report in ends), *inner, *(report.data for report in outer)]
+    ends: list[Any] = await asyncio.to_thread(lambda: [future.result() for future in futures])
+    reports: list[Any] = outer
+    return [*(report.data for report in ends), *inner, *(report.data for report in reports)]
 
 
 async def main(run: UUID, results: Path) -> int:
