@@ -464,13 +464,11 @@ class Runtime:
         match job.record.state:
             case JobState.CREATED | JobState.CANCELLING:
                 self._resume(job)
+                self._observer.watch(job)  # it may end by itself while its delete fails
                 if job.record.state is JobState.CANCELLING:
                     job.ending = job.orphaned or Ending(job.record.cancel_reason or "cancelled")
+                if job.ending is not None:
                     await self._delete(job)
-                elif job.ending is not None:
-                    await self._delete(job)
-                else:
-                    self._observer.watch(job)
                 return
             case JobState.SUSPECT if not can_clear_up(job.loaded):
                 info = job.record.details.phase or outcome_unknown(job, "an earlier run sent it")
@@ -520,6 +518,7 @@ class Runtime:
             await self._part(job)
             return
         if job.ending is not None:
+            self._observer.watch(job, fresh=True)  # it may end by itself while its delete fails
             await self._delete(job)
         elif job.is_left:
             await self._part(job)

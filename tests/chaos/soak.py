@@ -174,7 +174,7 @@ async def _prepare(soak: Soak, server: EmbeddedJobServer) -> str:
     from tests.chaos import soak_flow
     from tests.support.engine import block
 
-    config = {"resourceQuotas": {"default": soak.quota}}
+    config = {"resourceQuotas": {"default": soak.quota}, "caching": {"resyncInterval": "5s"}}
     settings = {
         "retryBase": "100ms",
         "retryCap": "2s",

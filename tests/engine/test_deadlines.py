@@ -61,7 +61,8 @@ async def test_a_deadline_counts_from_the_first_process(
         outcome = await run(host, ENDLESS, execution="2")
     assert is_timed_out(outcome)
     assert "deadline of 10s exceeded" in outcome.info.reason
-    assert job_server.log(since=asked)[0].op == "delete"
+    # it is read as well: it may have ended by itself
+    assert "delete" in [entry.op for entry in job_server.log(since=asked)[:2]]
     assert len(job_server.log("create")) == 1
     assert job_server.stats().live == 0
 
