@@ -145,10 +145,8 @@ class Metrics:
             family = _families.get(registry)
             if family is None:
                 family = _families[registry] = _Family(registry)
-                for (
-                    name,
-                    metric,
-                ) in METRICS.items():  # so that all are there before they are counted
+                # All are there before any of them is counted.
+                for name, metric in METRICS.items():
                     family.get(_kind(metric), f"{PREFIX}_{name}", metric)
             self._family = family
 

@@ -4,26 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from functools import partial
-from urllib.parse import urlsplit
 from uuid import UUID
 
 from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.filters import (
-    FlowRunFilter,
-    FlowRunFilterId,
     TaskRunFilter,
     TaskRunFilterId,
 )
 from prefect.client.schemas.objects import FlowRun, StateType, TaskRun
 from prefect.settings import PREFECT_API_URL, get_current_settings
 
-from prefect_webapi._prefect.api import Api
+from prefect_webapi._prefect.api import Api, api_address
+from prefect_webapi._prefect.watch import MOST_RUNS, read_flow_runs
 from prefect_webapi.engine.request import Fate, RunState
 
 __all__ = ["PrefectRuns"]
-
-MOST_AT_ONCE = 200
-"""Prefect's largest page."""
 
 _STANDING = {
     StateType.SCHEDULED: RunState.RESTING,
@@ -44,16 +39,16 @@ class PrefectRuns:
 
     @property
     def home(self) -> str:
-        url = PREFECT_API_URL.value()
-        if not url:  # a server of this process's own, on the data base of its home
-            return str(get_current_settings().home)
-        parts = urlsplit(str(url))
-        return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="").geturl()
+        if PREFECT_API_URL.value():
+            return api_address()
+        return str(
+            get_current_settings().home
+        )  # a server of this process's own, on the data base of its home
 
     async def fates(self, flows: Collection[str], tasks: Collection[str], /) -> Mapping[str, Fate]:
         found: dict[str, Fate] = {}
         for page in _pages(flows):
-            runs = await self._api.ask("read flow runs", partial(_flow_runs, page))
+            runs = await self._api.ask("read flow runs", partial(read_flow_runs, page))
             found |= {str(run.id): _fate(run) for run in runs}
         for page in _pages(tasks):
             runs = await self._api.ask("read task runs", partial(_task_runs, page))
@@ -64,8 +59,8 @@ class PrefectRuns:
 
 def _pages(ids: Collection[str]) -> Iterator[list[UUID]]:
     asked = [uuid for each in sorted(ids) if (uuid := _uuid(each)) is not None]
-    for start in range(0, len(asked), MOST_AT_ONCE):
-        yield asked[start : start + MOST_AT_ONCE]
+    for start in range(0, len(asked), MOST_RUNS):
+        yield asked[start : start + MOST_RUNS]
 
 
 def _uuid(text: str) -> UUID | None:
@@ -75,14 +70,9 @@ def _uuid(text: str) -> UUID | None:
         return None
 
 
-async def _flow_runs(ids: list[UUID], client: PrefectClient) -> list[FlowRun]:
-    wanted = FlowRunFilter(id=FlowRunFilterId(any_=ids))
-    return await client.read_flow_runs(flow_run_filter=wanted, limit=MOST_AT_ONCE)
-
-
 async def _task_runs(ids: list[UUID], client: PrefectClient) -> list[TaskRun]:
     wanted = TaskRunFilter(id=TaskRunFilterId(any_=ids))
-    return await client.read_task_runs(task_run_filter=wanted, limit=MOST_AT_ONCE)
+    return await client.read_task_runs(task_run_filter=wanted, limit=MOST_RUNS)
 
 
 def _fate(run: FlowRun | TaskRun) -> Fate:

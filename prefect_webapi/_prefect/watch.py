@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # the engine's parts are loaded by the first job
     from prefect_webapi._prefect.api import Api
     from prefect_webapi.engine.host import Ticket
 
-__all__ = ["Watch", "cancel_event_of"]
+__all__ = ["MOST_RUNS", "Watch", "cancel_event_of", "read_flow_runs"]
 
 logger = logging.getLogger(__name__)
 
@@ -233,7 +233,9 @@ class Watch:
         ids = sorted({run for each in watched for run in each.flow_runs})
         try:
             for start in range(0, len(ids), MOST_RUNS):
-                reading = partial(_read, [UUID(run) for run in ids[start : start + MOST_RUNS]])
+                reading = partial(
+                    read_flow_runs, [UUID(run) for run in ids[start : start + MOST_RUNS]]
+                )
                 missing = set(ids[start : start + MOST_RUNS])
                 for run in await api.once("read flow runs", reading):
                     missing.discard(str(run.id))
@@ -265,7 +267,8 @@ class Watch:
             self._loop = None
 
 
-async def _read(wanted: list[UUID], client: PrefectClient) -> list[FlowRun]:
+async def read_flow_runs(wanted: list[UUID], client: PrefectClient) -> list[FlowRun]:
+    """The flow runs of these ids that exist; at most `MOST_RUNS` of them."""
     return await client.read_flow_runs(
         flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=wanted)), limit=MOST_RUNS
     )

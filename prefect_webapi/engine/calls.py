@@ -37,7 +37,7 @@ from prefect_webapi.http import classify
 from prefect_webapi.limiter import Gate, Op
 from prefect_webapi.registry import Loaded, is_cancelled
 
-__all__ = ["Calls", "can_clear_up", "guarantee", "is_sync"]
+__all__ = ["Calls", "can_clear_up", "can_find", "guarantee", "is_sync"]
 
 logger = logging.getLogger(__name__)
 
@@ -361,11 +361,14 @@ def is_sync(loaded: Loaded) -> bool:
     return isinstance(loaded.plugin, SyncPlugin)
 
 
+def can_find(loaded: Loaded) -> bool:
+    """Whether the plugin can search for a job by its key."""
+    return isinstance(loaded.plugin, AsyncPlugin) and overrides(loaded.plugin, "find")
+
+
 def can_clear_up(loaded: Loaded) -> bool:
     """Whether what came of a create that was sent can be found out: by the key, or by a search."""
-    if isinstance(loaded.plugin, AsyncPlugin) and overrides(loaded.plugin, "find"):
-        return True
-    return guarantee(loaded) != "at-most-once"
+    return can_find(loaded) or guarantee(loaded) != "at-most-once"
 
 
 def guarantee(loaded: Loaded) -> Literal["key", "search", "at-most-once"]:

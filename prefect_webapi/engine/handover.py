@@ -125,25 +125,23 @@ async def settle(
     taken = await take_over(services, record)
     if taken is None:
         return False
-    now = services.clock.now()
     if not taken.state.is_over:
         state = machine.next_state(taken.state, event)
         told = {"phase": info, "last_error": info.reason, "orphaned": closes, "spec": None}
         move = Move(
             old=taken,
             state=state,
-            at=now,
+            at=services.clock.now(),
             details=taken.details.model_copy(update=told),
             count=machine.place_change(taken.state, state),
         )
         if await services.store.move(move) is not MoveResult.OK:
             return False
         taken = replace(taken, state=state)
+    if closes:
+        return await _close_taken(services, taken)
     free(services, taken)
-    if not closes:
-        return True
-    state = machine.next_state(taken.state, Event.SETTLED)
-    return await services.store.move(Move(old=taken, state=state, at=now)) is MoveResult.OK
+    return True
 
 
 def spec_of(record: Record, loaded: Loaded) -> JobSpec[Any] | None:
@@ -217,11 +215,16 @@ async def _told(services: Services, record: Record, spec: JobSpec[Any], loaded: 
 async def close(services: Services, record: Record) -> None:
     """Finish what a dead process left undone on a job that is over."""
     taken = await take_over(services, record)
-    if taken is None:
-        return
-    free(services, record)
+    if taken is not None:
+        await _close_taken(services, taken)
+
+
+async def _close_taken(services: Services, taken: Record) -> bool:
+    """Give back the place of a job that is over, and close its record; False: another process was first."""
+    free(services, taken)
     state = machine.next_state(taken.state, Event.SETTLED)
-    await services.store.move(Move(old=taken, state=state, at=services.clock.now()))
+    move = Move(old=taken, state=state, at=services.clock.now())
+    return await services.store.move(move) is MoveResult.OK
 
 
 def free(services: Services, record: Record) -> None:

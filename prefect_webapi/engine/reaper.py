@@ -23,9 +23,8 @@ from prefect_webapi.contract.duration import format_duration
 from prefect_webapi.contract.errors import ConfigurationError, WebApiError
 from prefect_webapi.contract.keys import JobKey
 from prefect_webapi.contract.phase import PhaseInfo
-from prefect_webapi.contract.plugin import AsyncPlugin, overrides
 from prefect_webapi.engine.adapters import handle_adapter
-from prefect_webapi.engine.calls import can_clear_up, is_sync
+from prefect_webapi.engine.calls import can_clear_up, can_find, is_sync
 from prefect_webapi.engine.handover import free, release, settle, spec_of, take_over
 from prefect_webapi.engine.job import Ending, Job
 from prefect_webapi.engine.liveness import is_alive
@@ -111,10 +110,16 @@ class _Decision:
 
 @dataclass(frozen=True, slots=True)
 class _Case:
-    """What is known of one record. `silent`: since when no process has been heard of that drove it."""
+    """What is known of one record.
+
+    Attributes:
+        is_at_home: the Prefect that told its fate is the one that it was made under.
+        silent: since when no process has been heard of that drove it.
+    """
 
     record: Record
     fate: Fate
+    is_at_home: bool
     silent: datetime
     loaded: Loaded | None
 
@@ -253,7 +258,7 @@ class _Pass:
         plans = [
             (case, decision)
             for case in cases
-            if (decision := _decide(case, self._settings(case.loaded), now, self._home)) is not None
+            if (decision := _decide(case, self._settings(case.loaded), now)) is not None
         ]
         plans = await self._name_the_superseded(plans)
         report = SweepReport(
@@ -311,7 +316,8 @@ class _Pass:
             silent = max(record.updated_at, owner.last_beat) if owner else record.updated_at
             run = record.root_run or record.flow_run or record.task_run
             loaded = await self._load(record)
-            cases.append(_Case(record, fates.get(run, unknown), silent, loaded))
+            is_at_home = record.details.home == self._services.runs.home
+            cases.append(_Case(record, fates.get(run, unknown), is_at_home, silent, loaded))
         return cases
 
     async def _load(self, record: Record) -> Loaded | None:
@@ -437,24 +443,16 @@ class _Pass:
             return line
         return line.model_copy(update={"came_to": _came_to(line, now)})
 
-    @property
-    def _home(self) -> str:
-        return self._services.runs.home
-
     def _count(self, report: SweepReport) -> None:
         for job in report.jobs:
             if job.action is Action.END:
                 self._services.metrics.count("orphans_total", plugin=job.plugin)
 
 
-def _decide(case: _Case, settings: EngineSettings, now: datetime, home: str) -> _Decision | None:
-    """What is to be done with a record that no living process drives; None: nothing now.
-
-    Args:
-        home: which Prefect was asked how the runs stand.
-    """
+def _decide(case: _Case, settings: EngineSettings, now: datetime) -> _Decision | None:
+    """What is to be done with a record that no living process drives; None: nothing now."""
     record = case.record
-    over = _why_over(case, settings, now, home)
+    over = _why_over(case, settings, now)
     if record.state is JobState.DELIVERED:
         return _Decision(
             Action.CLOSE, "it was delivered; its process died before it closed the record"
@@ -484,7 +482,7 @@ def _decide(case: _Case, settings: EngineSettings, now: datetime, home: str) -> 
     return _Decision(Action.END, wish, closes=over is not None, is_last=is_last)
 
 
-def _why_over(case: _Case, settings: EngineSettings, now: datetime, home: str) -> str | None:
+def _why_over(case: _Case, settings: EngineSettings, now: datetime) -> str | None:
     """Why nobody will come for the job any more; None: somebody may."""
     fate = case.fate
     quiet = now - max(case.silent, fate.since or case.silent)
@@ -495,9 +493,7 @@ def _why_over(case: _Case, settings: EngineSettings, now: datetime, home: str) -
             return "the flow run was paused"
         case RunState.FINAL if quiet >= settings.orphan_after:
             return f"orphan: its run has ended as {fate.name} and no process came back for it"
-        case RunState.MISSING if (
-            quiet >= settings.orphan_after and case.record.details.home == home
-        ):
+        case RunState.MISSING if case.is_at_home and quiet >= settings.orphan_after:
             return "orphan: its run is no longer known to Prefect"
         case RunState.RUNNING if quiet >= settings.abandon_after:
             silence = format_duration(settings.abandon_after)
@@ -521,9 +517,8 @@ def _stuck(case: _Case) -> str | None:
         return f"its connection {record.connection!r} can't be used"
     if record.state not in (JobState.CREATING, JobState.SUSPECT) or is_sync(loaded):
         return None
-    can_find = isinstance(loaded.plugin, AsyncPlugin) and overrides(loaded.plugin, "find")
     sends_again = record.details.on_exit != "leave" or record.cancel_reason is not None
-    knows = can_find or (sends_again and spec_of(record, loaded) is not None)
+    knows = can_find(loaded) or (sends_again and spec_of(record, loaded) is not None)
     if can_clear_up(loaded) and knows and record.connection != INLINE:
         return None
     return (

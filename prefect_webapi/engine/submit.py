@@ -23,10 +23,9 @@ from prefect_webapi.contract.phase import PhaseInfo
 from prefect_webapi.contract.plugin import (
     AsyncPlugin,
     CreateResult,
-    overrides,
 )
 from prefect_webapi.engine.adapters import handle_adapter
-from prefect_webapi.engine.calls import Calls, guarantee, is_sync
+from prefect_webapi.engine.calls import Calls, can_find, guarantee, is_sync
 from prefect_webapi.engine.evidence import back_off, failure_of, judge
 from prefect_webapi.engine.faults import fault_point
 from prefect_webapi.engine.job import Ending, Job, persist, try_persist
@@ -112,9 +111,7 @@ async def submit(services: Services, calls: Calls, job: Job, *, unsent: bool) ->
     try:
         return await _create(services, calls, job, unsent=unsent)
     except _SearchFailed as failed:
-        info = outcome_unknown(job, f"the search for it failed too: {failed}")
-        await _note_stuck(services, job, info)
-        return Stuck(info)
+        return await _in_doubt(services, job, f"the search for it failed too: {failed}")
 
 
 async def _take_place(services: Services, job: Job) -> None:
@@ -168,20 +165,16 @@ async def _create(services: Services, calls: Calls, job: Job, *, unsent: bool) -
     settings = loaded.settings
     promise = guarantee(loaded)
     on_unknown = job.request.options.on_unknown_create or settings.on_unknown_create
-    plugin = loaded.plugin
-    assert isinstance(plugin, AsyncPlugin)
-    can_find = overrides(plugin, "find")
+    searches = can_find(loaded)
     if not unsent:
         job.tries = max(job.tries, 1)
-        if promise == "at-most-once" and not can_find:
+        if promise == "at-most-once" and not searches:
             if on_unknown == "fail" or job.is_unwanted:
-                info = outcome_unknown(job, "the process that sent it has ended")
-                await _note_stuck(services, job, info)
-                return Stuck(info)
+                return await _in_doubt(services, job, "the process that sent it has ended")
             logger.warning(
                 "create of job %s is sent again: a duplicate is accepted", job.record.key
             )
-        elif can_find and (promise != "key" or job.is_unwanted):
+        elif searches and (promise != "key" or job.is_unwanted):
             found = await _find(services, calls, job)
             if found is not None:
                 return await _adopt(services, calls, job, found)
@@ -193,20 +186,16 @@ async def _create(services: Services, calls: Calls, job: Job, *, unsent: bool) -
         if not await job.unless_ending(partial(calls.permit, loaded, "write")):
             if unsent or job.ending is None:
                 return GivenUp()
-            if promise == "at-most-once" and not can_find:
-                info = outcome_unknown(job, "it was cancelled meanwhile")
-                await _note_stuck(services, job, info)
-                return Stuck(info)
-            if can_find:
+            if promise == "at-most-once" and not searches:
+                return await _in_doubt(services, job, "it was cancelled meanwhile")
+            if searches:
                 found = await _find(services, calls, job)
                 if found is not None:
                     return await _adopt(services, calls, job, found)
                 return GivenUp()
             # Only the key can tell: the repetition answers with the job, and then it is deleted.
             await calls.permit(loaded, "write")
-        job.tries += 1
-        if job.record.state is not JobState.CREATING or job.tries > 1:
-            await persist(services, job, Event.SENDING)
+        await _count_try(services, job)
         fault_point("KP-06")
         await _be_sure(services, job)
         try:
@@ -228,14 +217,13 @@ async def _create(services: Services, calls: Calls, job: Job, *, unsent: bool) -
                 case "refused" if unsent:
                     return Refused(failure_of(error))
                 case "refused":  # this one made nothing; an earlier one may have
-                    found = await _find(services, calls, job) if can_find else None
+                    found = await _find(services, calls, job) if searches else None
                     if found is not None:
                         return await _adopt(services, calls, job, found)
-                    if can_find:
+                    if searches:
                         return Refused(failure_of(error))
-                    info = outcome_unknown(job, f"sent again, it was refused: {error.message}")
-                    await _note_stuck(services, job, info)
-                    return Stuck(info)
+                    told = f"sent again, it was refused: {error.message}"
+                    return await _in_doubt(services, job, told)
                 case "stuck":
                     info = (
                         outcome_unknown(job, f"{error.code}: {error.message}")
@@ -259,7 +247,7 @@ async def _create(services: Services, calls: Calls, job: Job, *, unsent: bool) -
                             waiting_for_quota=False,
                         )
                     await job.unless_ending(partial(services.clock.sleep, delay))
-                    if verdict.may_exist and can_find and promise != "key":
+                    if verdict.may_exist and searches and promise != "key":
                         found = await _find(services, calls, job)
                         if found is not None:
                             return await _adopt(services, calls, job, found)
@@ -267,6 +255,13 @@ async def _create(services: Services, calls: Calls, job: Job, *, unsent: bool) -
         else:
             fault_point("KP-08")
             return await _adopt(services, calls, job, made)
+
+
+async def _count_try(services: Services, job: Job) -> None:
+    """Write down that something is about to be sent, unless the record says so since it was made."""
+    job.tries += 1
+    if job.record.state is not JobState.CREATING or job.tries > 1:
+        await persist(services, job, Event.SENDING)
 
 
 async def _be_sure(services: Services, job: Job) -> None:
@@ -277,6 +272,13 @@ async def _be_sure(services: Services, job: Job) -> None:
     """
     if not services.pulse.is_fresh(services.clock.now()):
         await persist(services, job, Event.SENDING)
+
+
+async def _in_doubt(services: Services, job: Job, told: str) -> Stuck:
+    """Whether the job exists can't be found out: that is written down, and nothing is repeated."""
+    info = outcome_unknown(job, told)
+    await _note_stuck(services, job, info)
+    return Stuck(info)
 
 
 async def _note_stuck(services: Services, job: Job, info: PhaseInfo) -> None:
@@ -359,7 +361,7 @@ async def _adopt_existing(
     found: CreateResult[Any, Any] | None = None
     if error.handle is not None:
         found = CreateResult(error.handle, fingerprint=error.fingerprint)
-    elif isinstance(job.loaded.plugin, AsyncPlugin) and overrides(job.loaded.plugin, "find"):
+    elif can_find(job.loaded):
         found = await _find(services, calls, job)
     theirs = error.fingerprint or (found.fingerprint if found else None)
     # A key of ours is a hash over the fingerprint already; a key that the user gave is not.
@@ -429,9 +431,7 @@ async def _do(services: Services, calls: Calls, job: Job, *, unsent: bool) -> Su
     while True:
         if not await job.unless_ending(partial(calls.permit, loaded, "write")):
             return GivenUp()
-        job.tries += 1
-        if job.record.state is not JobState.CREATING or job.tries > 1:
-            await persist(services, job, Event.SENDING)
+        await _count_try(services, job)
         fault_point("KP-38")
         await _be_sure(services, job)
         try:
