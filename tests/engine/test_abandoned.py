@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import signal
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,8 +16,9 @@ from prefect_webapi.engine.request import Fate, Overrides, RunState
 from prefect_webapi.ledger.records import JobState, Record
 from prefect_webapi.testing import EmbeddedJobServer
 from prefect_webapi_jobserver import ReportJob
+from tests.support.deaths import killed, killed_in_create, killed_with_a_wish
 from tests.support.engine import at, request, run
-from tests.support.engine_child import Work, child
+from tests.support.engine_child import Work
 from tests.support.sweeping import LONG_AGO, swept
 from tests.support.waiting import eventually
 from tests.support.witness import places_taken, records
@@ -61,13 +60,6 @@ def work_at(server: EmbeddedJobServer, folder: Path, mood: Mood, **more: Any) ->
     server.behave("keys" if mood == "single" else mood)
     given: dict[str, Any] = {"task_type": mood, "config": QUOTA, **more}
     return Work(folder=folder, server=server.url, **given)
-
-
-def killed(work: Work) -> None:
-    """Run until the process dies where it was told to."""
-    with child(work) as first:
-        first.ends()
-        assert first.code == -signal.SIGKILL
 
 
 async def unknown_at(work: Work) -> set[JobKey]:
@@ -136,12 +128,7 @@ async def test_a_job_whose_create_was_on_the_way_is_found_and_ended(
 ) -> None:
     """KP-07, the abandoned half of CASE-167; without key and search it is reported, and its place stays taken."""
     work = work_at(job_server, tmp_path, mood, specs=ENDLESS[:1])
-    job_server.fault("create", delay=0.2)
-    with child(work) as first:
-        await eventually(lambda: job_server.log("create"), within=30)
-        first.signal(signal.SIGKILL)
-        assert first.ends() == []
-    await eventually(lambda: job_server.stats().created, within=5)
+    await killed_in_create(work, job_server)
     report = await swept(tmp_path, job_server, config=QUOTA)
     stuck = mood == "neither"
     assert job_server.stats().created == 1
@@ -198,17 +185,7 @@ async def test_a_wish_that_came_while_create_was_on_the_way_is_granted(
 ) -> None:
     """KP-26, the abandoned half of CASE-186: never a live job of a cancelled run, if it can be found at all."""
     work = work_at(job_server, tmp_path, mood, specs=ENDLESS[:1])
-    job_server.fault("create", delay=0.6)
-    with child(replace(work, cancel="CREATING")) as first:
-        await eventually(lambda: job_server.log("create"), within=30)
-
-        async def is_wished() -> bool:
-            return any(record.cancel_reason for record in await records(tmp_path))
-
-        await eventually(is_wished, within=5)
-        first.signal(signal.SIGKILL)
-        assert first.ends() == []
-    await eventually(lambda: job_server.stats().created, within=5)
+    await killed_with_a_wish(work, job_server)
     await swept(tmp_path, job_server, {}, config=QUOTA)
     assert job_server.stats().created == 1
     assert job_server.stats().live == (mood == "neither")

@@ -25,6 +25,7 @@ from prefect_webapi.ledger.records import JobState
 from prefect_webapi.testing import EmbeddedJobServer
 from prefect_webapi_jobserver import JobServerPlugin, ReportJob
 from tests.ledger.raw import raw
+from tests.support.deaths import killed, killed_in_create, killed_with_a_wish
 from tests.support.engine import at, request, run
 from tests.support.engine_child import End, Work, carry_out, child, hosted
 from tests.support.plugins import entry
@@ -80,9 +81,7 @@ def matrix(mood: Mood, quota: bool, places: tuple[str, ...]) -> list[Any]:
 
 async def ends_after_a_kill(work: Work) -> tuple[list[End], set[JobKey]]:
     """Run `work` until it dies, then again: what the second run's calls came to, and the suspects' keys."""
-    with child(work) as first:
-        told = first.ends()
-        assert first.code == -signal.SIGKILL
+    told = killed(work)
     unknown = {
         record.key
         for record in await records(work.folder)
@@ -152,12 +151,7 @@ async def test_a_process_dies_while_its_create_is_on_the_way(
 ) -> None:
     """KP-07, the re-run half of CASE-167: the service takes the job after the death."""
     work = work_at(job_server, tmp_path, mood, config=QUOTA, specs=SPECS[:1])
-    job_server.fault("create", delay=0.2)
-    with child(work) as first:
-        await eventually(lambda: job_server.log("create"), within=30)
-        first.signal(signal.SIGKILL)
-        assert first.ends() == []
-    await eventually(lambda: job_server.stats().created, within=5)
+    await killed_in_create(work, job_server)
     [end] = await run_again(work)
     assert job_server.stats().created == 1
     if mood == "neither":
@@ -264,17 +258,7 @@ async def test_a_process_dies_after_a_cancel_while_create_is_on_the_way(
 ) -> None:
     """KP-26, the re-run half of CASE-186: the wish was written down, so the job is found and deleted."""
     work = work_at(job_server, tmp_path, mood, specs=ENDLESS[:1], execution="execution-1")
-    job_server.fault("create", delay=0.6)
-    with child(replace(work, cancel="CREATING")) as first:
-        await eventually(lambda: job_server.log("create"), within=30)
-
-        async def is_wished() -> bool:
-            return any(record.cancel_reason for record in await records(work.folder))
-
-        await eventually(is_wished, within=5)
-        first.signal(signal.SIGKILL)
-        assert first.ends() == []
-    await eventually(lambda: job_server.stats().created, within=5)
+    await killed_with_a_wish(work, job_server)
     [end] = await run_again(work)
     assert job_server.stats().created == 1
     if mood == "neither":

@@ -23,8 +23,9 @@ from prefect_webapi.quotas import Busy, SlotLease
 from prefect_webapi.testing import EmbeddedJobServer
 from prefect_webapi_jobserver import JobServer, JobServerPlugin, ReportJob
 from tests.ledger.raw import raw
+from tests.support.deaths import killed
 from tests.support.engine import GivenRuns, LocalSlots, Told, at, request, run
-from tests.support.engine_child import Work, child
+from tests.support.engine_child import Work
 from tests.support.jobserver import TOKEN
 from tests.support.ledger import ledger_of
 from tests.support.plugins import ALL
@@ -56,14 +57,11 @@ async def left(
     return await records(folder)
 
 
-def killed(
-    folder: Path, server: EmbeddedJobServer, task_type: str, place: str, **work: Any
+def killed_at(
+    place: str, folder: Path, server: EmbeddedJobServer, task_type: str = "keys", **work: Any
 ) -> None:
     given: dict[str, Any] = {"specs": (ENDLESS,), "config": QUOTA, **work}
-    with child(
-        Work(folder=folder, server=server.url, task_type=task_type, die_at=place, **given)
-    ) as process:
-        process.ends()
+    killed(Work(folder=folder, server=server.url, task_type=task_type, die_at=place, **given))
 
 
 # --- one job hurts no other, and no pass hangs --------------------------------------------------
@@ -72,7 +70,7 @@ def killed(
 async def test_a_service_that_takes_no_deletes_holds_no_pass_up(
     job_server: EmbeddedJobServer, tmp_path: Path
 ) -> None:
-    killed(tmp_path, job_server, "keys", "KP-22", cancel="CREATED")
+    killed_at("KP-22", tmp_path, job_server, "keys", cancel="CREATED")
     job_server.fault("delete", status=503, times=None)
     report = await asyncio.wait_for(swept(tmp_path, job_server, config=QUOTA), 20)
     assert [job.came_to.split(";")[0] for job in report.jobs] == ["asked to end"]
@@ -324,7 +322,7 @@ async def test_a_run_that_comes_back_to_an_orphan_gets_a_job_of_its_own(
 async def test_a_refusal_of_a_create_that_is_sent_again_proves_nothing(
     job_server: EmbeddedJobServer, tmp_path: Path
 ) -> None:
-    killed(tmp_path, job_server, "single", "KP-08")
+    killed_at("KP-08", tmp_path, job_server, "single")
     assert job_server.stats().live == 1
     job_server.fault("create", status=401, times=None)
     await swept(tmp_path, job_server, CANCELLED, config=QUOTA)
@@ -370,7 +368,7 @@ async def test_a_job_that_can_not_be_read_for_a_while_is_not_deleted_unread(
 async def test_a_synchronous_call_is_not_made_for_a_run_that_is_over(
     job_server: EmbeddedJobServer, tmp_path: Path
 ) -> None:
-    killed(tmp_path, job_server, "idempotent-do", "KP-38", specs=(ReportJob(seconds=0.1),))
+    killed_at("KP-38", tmp_path, job_server, "idempotent-do", specs=(ReportJob(seconds=0.1),))
     await swept(tmp_path, job_server, CANCELLED, config=QUOTA)
     assert job_server.stats().created == 0
     assert await places_taken(tmp_path) == 0
@@ -380,7 +378,7 @@ async def test_a_create_that_nobody_can_find_out_about_is_given_up_at_the_horizo
     job_server: EmbeddedJobServer, tmp_path: Path
 ) -> None:
     job_server.behave("neither")
-    killed(tmp_path, job_server, "neither", "KP-08")
+    killed_at("KP-08", tmp_path, job_server, "neither")
     report = await swept(tmp_path, job_server, config=QUOTA, settings={"reaperHorizon": "1s"})
     assert [job.action for job in report.jobs] == [Action.GIVE_UP]
     assert await places_taken(tmp_path) == 0
@@ -436,7 +434,7 @@ async def test_a_job_that_is_only_looked_at_keeps_no_new_slots(
 async def test_a_deadline_that_passed_before_anything_was_sent_is_told_to_who_comes_back(
     job_server: EmbeddedJobServer, tmp_path: Path
 ) -> None:
-    killed(tmp_path, job_server, "keys", "KP-02", settings={"deadline": "1s"})
+    killed_at("KP-02", tmp_path, job_server, "keys", settings={"deadline": "1s"})
     await asyncio.sleep(1)
     await swept(tmp_path, job_server, {}, config=QUOTA)
     with at(tmp_path, job_server, QUOTA) as host:
