@@ -21,7 +21,7 @@ from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from http import HTTPStatus
 from typing import Any, Literal, TypeVar, cast
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, urlencode, urlsplit
 
 import httpx
 from pydantic import SecretStr
@@ -43,6 +43,8 @@ from prefect_webapi.contract.secrecy import Mask, looks_secret, mask_url
 __all__ = [
     "ANSWER_TOO_LARGE",
     "Answer",
+    "HeaderSource",
+    "Outgoing",
     "RemoteClient",
     "classify",
     "error_of_status",
@@ -52,7 +54,6 @@ __all__ = [
 
 Method = Literal["GET", "POST", "PUT", "PATCH", "DELETE"]
 T = TypeVar("T")
-HeaderSource = Callable[[], Awaitable[Mapping[str, str | SecretStr]]]
 
 MAX_ANSWER_BYTES = 32 * 1024 * 1024
 MAX_ERROR_BYTES = 64 * 1024
@@ -131,6 +132,19 @@ class Answer:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """A request just before it is sent, for who signs it. `url` is whole, with its query, as it goes out."""
+
+    method: Method
+    url: str
+    headers: Mapping[str, str] = field(repr=False)
+    body: bytes = field(repr=False)
+
+
+HeaderSource = Callable[[Outgoing], Awaitable[Mapping[str, str | SecretStr]]]
+
+
 class RemoteClient:
     """A JSON client for one service, for use from the runtime's loop.
 
@@ -138,7 +152,8 @@ class RemoteClient:
         base_url: root of the API; a path in it is kept.
         token: sent as a bearer token.
         headers: sent with each request; secrets as `SecretStr`.
-        auth: asked before each request for further headers, such as a fresh token; all of them count as secret.
+        auth: asked before each request for further headers, such as a fresh token or a signature; all of them count
+            as secret. See `prefect_webapi.auth`.
         request_timeout: longest wait between two parts of an answer; a connection gets 10 s at most. The engine's own
             time-outs bound a call as a whole.
         max_answer_bytes: larger answers are cut off and refused while they are read.
@@ -203,10 +218,11 @@ class RemoteClient:
         path: str,
         *,
         json: Any = None,
+        form: Mapping[str, str | SecretStr] | None = None,
         params: Mapping[str, Any] | None = None,
         headers: Mapping[str, str | SecretStr] | None = None,
     ) -> Any:
-        return await self._data("POST", path, params=params, json=json, headers=headers)
+        return await self._data("POST", path, params=params, json=json, form=form, headers=headers)
 
     async def put(
         self,
@@ -245,9 +261,12 @@ class RemoteClient:
         *,
         params: Mapping[str, Any] | None = None,
         json: Any = None,
+        form: Mapping[str, str | SecretStr] | None = None,
         headers: Mapping[str, str | SecretStr] | None = None,
     ) -> Answer:
         """Send one request and read its answer, whatever its status.
+
+        The body is `json`, or `form` as a web form would send it.
 
         Parameters may be `SecretStr`; these, and those under telling names such as `api_key`, are kept out of texts.
         Redirects are not followed: they would carry the credentials along. Of an error's body the first 64 KiB are
@@ -257,17 +276,28 @@ class RemoteClient:
             RemoteSystemError: nothing came back, or too much; `job_may_exist` tells whether anything was sent.
             BadTaskSpecification: `json` has no JSON form.
         """
-        extra = {**await self._fresh_headers(), **(headers or {})}
-        mask = self._mask.with_more(_secrets_of({**extra, **_texts(params)}))
-        sent = {**self._headers, **_sendable(extra)}
-        content = None
+        content, kind = b"", ""
         if json is not None:
-            content = _encoded(json)
-            sent.setdefault("Content-Type", "application/json")
+            content, kind = _encoded(json), "application/json"
+        elif form is not None:
+            content = urlencode({name: _plain(value) for name, value in form.items()}).encode()
+            kind = "application/x-www-form-urlencoded"
+        sent = {**self._headers, **_sendable(headers or {})}
+        if kind:
+            sent.setdefault("Content-Type", kind)
         asked = {key: _plain(value) for key, value in (params or {}).items() if value is not None}
         try:
+            url = httpx.URL(self._base_url + path, params=asked or None)
+        except httpx.InvalidURL as error:
+            raise classify(error) from None
+        fresh = await self._fresh_headers(Outgoing(method, str(url), sent, content))
+        mask = self._mask.with_more(
+            _secrets_of({**(headers or {}), **_texts(params), **(form or {}), **fresh})
+        )
+        sent |= _sendable(fresh)
+        try:
             async with self._opened().stream(
-                method, self._base_url + path, params=asked or None, content=content, headers=sent
+                method, url, content=content or None, headers=sent
             ) as response:
                 body = await self._body(response, mask)
                 return Answer(response.status_code, dict(response.headers.items()), body, mask)
@@ -295,11 +325,11 @@ class RemoteClient:
             return None
         return answer.json()
 
-    async def _fresh_headers(self) -> dict[str, SecretStr]:
+    async def _fresh_headers(self, request: Outgoing) -> dict[str, SecretStr]:
         if self._auth is None:
             return {}
         try:
-            given = await self._auth()
+            given = await self._auth(request)
         except ConfigurationError:
             raise
         except Exception as error:  # an author's code; whatever it raises, nothing was sent yet

@@ -31,7 +31,15 @@ from prefect_webapi.contract.errors import (
     SecretNotFound,
     Throttled,
 )
-from prefect_webapi.http import Answer, RemoteClient, classify, error_of_status, path, retry_after
+from prefect_webapi.http import (
+    Answer,
+    Outgoing,
+    RemoteClient,
+    classify,
+    error_of_status,
+    path,
+    retry_after,
+)
 from prefect_webapi.testing import EmbeddedJobServer
 from tests.support.jobserver import TOKEN
 from tests.support.waiting import eventually
@@ -120,7 +128,7 @@ async def test_each_request_carries_a_fresh_token(job_server: EmbeddedJobServer)
     """REQ-63: what the hook returns is used once."""
     tokens = iter(["first", "second"])
 
-    async def fresh() -> Mapping[str, str]:
+    async def fresh(_: Outgoing) -> Mapping[str, str]:
         return {"Authorization": f"Bearer {next(tokens)}"}
 
     client = RemoteClient(job_server.url, auth=fresh)
@@ -135,7 +143,7 @@ async def test_a_token_source_that_fails_proves_that_nothing_was_sent(
 ) -> None:
     """REQ-83: even where the token source's own outcome is unknown."""
 
-    async def slow() -> Mapping[str, str]:
+    async def slow(_: Outgoing) -> Mapping[str, str]:
         raise TimeoutError
 
     client = RemoteClient(job_server.url, auth=slow)
@@ -440,7 +448,7 @@ async def test_a_secret_is_masked_in_every_shape_and_at_the_cut(echo: str, statu
 async def test_every_header_that_is_a_secret_is_masked() -> None:
     """REQ-62: given as such, named like one, made by the hook, or for one request."""
 
-    async def hook() -> Mapping[str, str]:
+    async def hook(_: Outgoing) -> Mapping[str, str]:
         return {"X-Session": "from-the-hook"}
 
     basic = base64.b64encode(b"user:pass-word").decode()
@@ -539,7 +547,7 @@ async def test_a_redirect_is_not_followed(
 async def test_credentials_in_the_clear_are_refused(url: str) -> None:
     """CASE-258."""
 
-    async def hook() -> Mapping[str, str]:
+    async def hook(_: Outgoing) -> Mapping[str, str]:
         return {}
 
     for arguments in (

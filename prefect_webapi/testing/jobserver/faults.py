@@ -6,7 +6,6 @@ import asyncio
 import json
 import random
 import time
-from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any, Literal, cast
@@ -14,6 +13,8 @@ from urllib.parse import parse_qs, unquote, unquote_plus
 
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from prefect_webapi.testing.asgi import Collected, abort, answer, cycle, replay, start, whole_body
 
 __all__ = ["Fault", "FaultyService", "Garbage", "LoggedRequest", "Op"]
 
@@ -123,7 +124,7 @@ class FaultyService:
         if op is None:
             await self._app(scope, receive, send)
             return
-        body = await _whole_body(receive)
+        body = await whole_body(receive)
         entry = self._note(scope, op, body)
         self._open[op] = self._open.get(op, 0) + 1
         try:
@@ -145,19 +146,19 @@ class FaultyService:
         delays = (each.delay for each in (fault, *rows.values()) if each is not None)
         await asyncio.sleep(max(delays))
         if resets != self._resets or (fault is not None and fault.drop):
-            _abort(send)  # told to, or the request belongs to a time that was forgotten
+            abort(send)  # told to, or the request belongs to a time that was forgotten
             return
         if fault is not None and fault.replaces_answer:
             await self._spoil(fault, scope, send, entry)
             return
-        answer = accepted or await self._true_answer(scope, body, entry)
-        if answer.status < 300:
+        true = accepted or await self._true_answer(scope, body, entry)
+        if true.status < 300:
             if fault is not None and fault.patch is not None:
-                answer.change(partial(_patched, fault.patch))
+                true.change(partial(_patched, fault.patch))
             if rows:
-                answer.change(partial(_spoilt_row, rows))
-        entry.status = answer.status
-        await _answer(send, answer.status, answer.headers, answer.content)
+                true.change(partial(_spoilt_row, rows))
+        entry.status = true.status
+        await answer(send, true.status, true.headers, true.content)
 
     async def _spoil(self, fault: Fault, scope: Scope, send: Send, entry: LoggedRequest) -> None:
         status, headers, content = _spoilt(fault, scope)
@@ -168,19 +169,19 @@ class FaultyService:
         if fault.garbage == "huge":
             await _huge_answer(send, status, headers)
         else:
-            await _answer(send, status, headers, content)
+            await answer(send, status, headers, content)
 
-    async def _true_answer(self, scope: Scope, body: bytes, entry: LoggedRequest) -> _Collected:
-        answer = _Collected()
-        await self._refuse_or_serve(scope, answer.take, body, entry)
-        return answer
+    async def _true_answer(self, scope: Scope, body: bytes, entry: LoggedRequest) -> Collected:
+        true = Collected()
+        await self._refuse_or_serve(scope, true.take, body, entry)
+        return true
 
     async def _refuse_or_serve(
         self, scope: Scope, send: Send, body: bytes, entry: LoggedRequest
     ) -> None:
         if self.token is not None and _header(scope, b"authorization") != f"Bearer {self.token}":
             entry.status = 401
-            await _answer(send, 401, {}, b'{"message": "the token is missing or no longer valid"}')
+            await answer(send, 401, {}, b'{"message": "the token is missing or no longer valid"}')
             return
 
         async def noted(message: Message) -> None:
@@ -188,7 +189,7 @@ class FaultyService:
                 entry.status = message["status"]
             await send(message)
 
-        await self._app(scope, _replay(body), noted)
+        await self._app(scope, replay(body), noted)
 
     def _note(self, scope: Scope, op: Op, body: bytes) -> LoggedRequest:
         now = time.monotonic()
@@ -290,56 +291,6 @@ def _data(body: bytes) -> Any:
         return {"unreadable": body[:200].decode("utf-8", "replace")}
 
 
-async def _whole_body(receive: Receive) -> bytes:
-    parts: list[bytes] = []
-    while True:
-        message = await receive()
-        parts.append(message.get("body", b""))
-        if not message.get("more_body"):
-            return b"".join(parts)
-
-
-def _replay(body: bytes) -> Callable[[], Awaitable[Message]]:
-    sent = False
-
-    async def receive() -> Message:
-        nonlocal sent
-        if sent:
-            return {"type": "http.disconnect"}
-        sent = True
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    return receive
-
-
-class _Collected:
-    """The service's true answer, kept back."""
-
-    def __init__(self) -> None:
-        self.status = 500
-        self.headers: dict[str, str] = {}
-        self.content = b""
-
-    async def take(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
-            self.status = message["status"]
-            headers: dict[bytes, bytes] = dict(message.get("headers", ()))
-            headers.pop(b"content-length", None)
-            self.headers = {key.decode(): value.decode("latin-1") for key, value in headers.items()}
-        else:
-            self.content += message.get("body", b"")
-
-    def change(self, change: Callable[[dict[str, Any]], dict[str, Any] | None]) -> None:
-        """Change each job in the answer; None leaves it out of a list."""
-        data = json.loads(self.content)
-        if isinstance(data, list):
-            rows = map(change, cast(list[dict[str, Any]], data))
-            data = [row for row in rows if row is not None]
-        else:
-            data = change(data)
-        self.content = json.dumps(data).encode()
-
-
 def _patched(fields: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
     return {**row, **fields}
 
@@ -354,16 +305,6 @@ def _spoilt_row(faults: dict[str, Fault], row: dict[str, Any]) -> dict[str, Any]
     if fault.status is not None:
         return {"name": row["name"], "error": f"told to answer {fault.status}"}
     return _patched(fault.patch or {}, row)
-
-
-def _cycle(send: Send) -> Any:
-    """uvicorn's side of the request: it knows the connection, for which ASGI has no words."""
-    return getattr(send, "__self__", None)
-
-
-def _abort(send: Send) -> None:
-    """Close the connection without an answer."""
-    _cycle(send).transport.abort()
 
 
 def _spoilt(fault: Fault, scope: Scope) -> tuple[int, dict[str, str], bytes]:
@@ -393,23 +334,12 @@ def _spoilt(fault: Fault, scope: Scope) -> tuple[int, dict[str, str], bytes]:
     return status, headers, content
 
 
-async def _answer(send: Send, status: int, headers: dict[str, str], content: bytes) -> None:
-    await _start(send, status, {**headers, "Content-Length": str(len(content))})
-    await send({"type": "http.response.body", "body": content})
-
-
 async def _huge_answer(send: Send, status: int, headers: dict[str, str]) -> None:
     """100 MB of one JSON string, in pieces; stops when nobody reads any more."""
-    await _start(send, status, headers)
+    await start(send, status, headers)
     for nth in range(HUGE_PIECES):
-        if _cycle(send).disconnected:
+        if cycle(send).disconnected:
             return
         piece = b"x" * PIECE_BYTES if nth else b'"' + b"x" * (PIECE_BYTES - 1)
         await send({"type": "http.response.body", "body": piece, "more_body": True})
     await send({"type": "http.response.body", "body": b'"'})
-
-
-async def _start(send: Send, status: int, headers: dict[str, str]) -> None:
-    sent = {"content-type": "application/json", **{k.lower(): v for k, v in headers.items()}}
-    pairs = [(key.encode(), value.encode("latin-1")) for key, value in sent.items()]
-    await send({"type": "http.response.start", "status": status, "headers": pairs})

@@ -1,0 +1,212 @@
+"""What all of these servers share: a socket, a log of each request, faults on command, and a witness's count."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any, Self
+
+import uvicorn
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from prefect_webapi.testing.asgi import Collected, abort, answer, replay, whole_body
+
+__all__ = ["Fault", "Reply", "Seen", "Server", "serve"]
+
+START_SECONDS = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """An answer to give; `body` that is not bytes goes out as JSON."""
+
+    status: int = 200
+    body: Any = b""
+    headers: Mapping[str, str] = field(default_factory=dict[str, str])
+
+    @property
+    def content(self) -> bytes:
+        return self.body if isinstance(self.body, bytes) else json.dumps(self.body).encode()
+
+
+@dataclass(slots=True)
+class Fault:
+    """Goes wrong with the next requests of this `op`; None: of any.
+
+    Attributes:
+        reply: the answer to give instead; None: the connection is dropped.
+        carried_out: the request does its work first, and only its answer is lost.
+        skip: so many fitting requests go well before; times: for how many requests after these.
+    """
+
+    op: str | None
+    reply: Reply | None = None
+    carried_out: bool = False
+    skip: int = 0
+    times: int = 1
+
+
+@dataclass(slots=True)
+class Seen:
+    """One request.
+
+    Attributes:
+        op: what it asks for, in the engine's words: create, get, get_many, find, delete, outputs, token.
+        at: seconds of the monotonic clock. headers: names in lower case.
+        status: of the answer; None: none was given.
+    """
+
+    op: str
+    method: str
+    path: str
+    query: str
+    headers: Mapping[str, str]
+    body: bytes
+    at: float
+    status: int | None = None
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+class Server(ABC):
+    """A service on 127.0.0.1, in a thread of its own. A context manager; it ends with the block.
+
+    Attributes:
+        url: its address, without a slash at the end.
+        seen: each request, in the order in which they came. faults: used up in order.
+    """
+
+    def __init__(self, *, port: int = 0) -> None:
+        self.url = ""
+        self.seen: list[Seen] = []
+        self.faults: list[Fault] = []
+        self._port = port
+        self._server: uvicorn.Server | None = None
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+
+    @property
+    @abstractmethod
+    def app(self) -> ASGIApp:
+        """The service itself."""
+
+    @abstractmethod
+    def op_of(self, request: Seen) -> str:
+        """What a request asks for; `request.op` is empty."""
+
+    @abstractmethod
+    def made(self) -> int:
+        """How many jobs were ever made: the witness's count."""
+
+    @abstractmethod
+    def live(self) -> int:
+        """How many jobs are neither over nor forgotten."""
+
+    def reset(self) -> None:
+        """Forget all jobs, requests and faults. Overriding methods call this one too."""
+        self.seen.clear()
+        self.faults.clear()
+
+    def calls(self, op: str) -> list[Seen]:
+        return [seen for seen in self.seen if seen.op == op]
+
+    # --- the socket --------------------------------------------------------------------------
+
+    def __enter__(self) -> Self:
+        config = uvicorn.Config(
+            self._spoiled,
+            host="127.0.0.1",
+            port=self._port,
+            log_config=None,
+            lifespan="off",
+            interface="asgi3",
+            proxy_headers=False,
+        )
+        self._server = server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._run, args=(server,), name=type(self).__name__)
+        self._thread.start()
+        deadline = time.monotonic() + START_SECONDS
+        while not server.started:
+            if self._failure is not None or time.monotonic() > deadline:
+                self.__exit__()
+                raise RuntimeError(f"{type(self).__name__} did not start") from self._failure
+            time.sleep(0.005)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self._server is not None and self._thread is not None:
+            self._server.should_exit = True
+            self._server.force_exit = True
+            self._thread.join(START_SECONDS)
+
+    def _run(self, server: uvicorn.Server) -> None:
+        try:
+            server.run()
+        except BaseException as error:  # noqa: BLE001 - uvicorn leaves by SystemExit; `__enter__` tells
+            self._failure = error
+
+    async def _spoiled(self, scope: Scope, receive: Receive, send: Send) -> None:
+        assert scope["type"] == "http"
+        body = await whole_body(receive)
+        seen = Seen(
+            op="",
+            method=scope["method"],
+            path=(scope.get("raw_path") or scope["path"].encode()).decode(),
+            query=scope["query_string"].decode(),
+            headers={k.decode(): v.decode("latin-1") for k, v in scope["headers"]},
+            body=body,
+            at=time.monotonic(),
+        )
+        seen.op = self.op_of(seen)
+        self.seen.append(seen)
+        fault = self._fault_for(seen.op)
+        true_answer = Collected()
+        if fault is None or fault.carried_out:
+            await self.app(scope, replay(body), true_answer.take)
+        if fault is None:
+            seen.status = true_answer.status
+            await answer(send, true_answer.status, true_answer.headers, true_answer.content)
+        elif fault.reply is None:
+            abort(send)
+        else:
+            seen.status = fault.reply.status
+            await answer(send, fault.reply.status, fault.reply.headers, fault.reply.content)
+
+    def _fault_for(self, op: str) -> Fault | None:
+        for fault in list(self.faults):
+            if fault.op not in (None, op):
+                continue
+            if fault.skip > 0:
+                fault.skip -= 1
+                continue
+            fault.times -= 1
+            if fault.times <= 0:
+                self.faults.remove(fault)
+            return fault
+        return None
+
+
+def serve(server: Server) -> None:
+    """Run one as a program: prints `READY <url>`, and ends by SIGTERM, Ctrl-C or with its parent's pipe."""
+    ended = threading.Event()
+
+    def end(_number: int, _frame: FrameType | None) -> None:
+        ended.set()
+
+    signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGINT, end)
+    with server:
+        print(f"READY {server.url}", flush=True)
+        threading.Thread(target=lambda: (sys.stdin.read(), ended.set()), daemon=True).start()
+        ended.wait()
