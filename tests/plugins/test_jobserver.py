@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from PIL import Image
@@ -28,6 +28,8 @@ from prefect_webapi.testing.jobserver.jobs import JobState
 from prefect_webapi_jobserver import JobServer, Report, ReportJob, entry
 from prefect_webapi_jobserver.models import JobHandle, JobView
 from prefect_webapi_jobserver.plugin import PHASES, JobServerPlugin
+from tests.plugins.suite import CANARY, MESSAGE, Op, Outcome, PluginSuite, Service
+from tests.servers.base import Fault, Reply
 from tests.support.engine import NoSecrets, request
 from tests.support.jobserver import TOKEN
 
@@ -205,3 +207,100 @@ async def test_delete_hands_the_reason_on_and_does_not_mind_a_job_that_is_over(
     assert [entry.status for entry in job_server.log("delete")] == [202, 409]
     with pytest.raises(NotFound):
         await plugin.delete(DeleteView(JobHandle(name="nobody"), "x"))
+
+
+# --- in the engine ---------------------------------------------------------------------------
+
+
+class JobServerService(Service):
+    """The embedded job server in the suite's words."""
+
+    def __init__(self, server: EmbeddedJobServer) -> None:
+        self.server = server
+
+    def reset(self) -> None:
+        self.server.reset()
+
+    def made(self) -> int:
+        return len(self.server.jobs())
+
+    def live(self) -> int:
+        return self.server.stats().live
+
+    def ops(self) -> list[str]:
+        return ["get_many" if entry.op == "batch" else entry.op for entry in self.server.log()]
+
+    def times(self, op: Op) -> list[float]:
+        return [
+            entry.mono
+            for entry, name in zip(self.server.log(), self.ops(), strict=True)
+            if name == op
+        ]
+
+    def spoil(self, fault: Fault) -> None:
+        reply = fault.reply
+        for op in ("get", "batch") if fault.op == "get" else (fault.op,):
+            self.server.fault(
+                cast(Any, op),
+                skip=fault.skip,
+                times=fault.times,
+                after_acceptance=fault.carried_out,
+                drop=reply is None,
+                status=None if reply is None else reply.status,
+                headers={} if reply is None else reply.headers,
+                body=None if reply is None else reply.content.decode(),
+                retry_after=None if reply is None else reply.headers.get("Retry-After"),
+            )
+
+    def forget(self) -> None:
+        for job in self.server.jobs():
+            self.server.end(job.name, "forgotten")
+
+
+class TestJobServer(PluginSuite):
+    entry = entry
+    plugin_class = JobServerPlugin
+    rows = (
+        (JobView(name="x", state="queued"), Phase.QUEUED, None),
+        (JobView(name="x", state="initializing"), Phase.INITIALIZING, None),
+        (JobView(name="x", state="running"), Phase.RUNNING, None),
+        (JobView(name="x", state="succeeded"), Phase.SUCCESS, None),
+        (JobView(name="x", state="failed"), Phase.RETRYABLE_FAILURE, "user"),
+        (JobView(name="x", state="cancelled"), Phase.ABORTED, None),
+    )
+    unknown = JobView(name="x", state="paused")
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def service(cls, job_server_process: EmbeddedJobServer) -> JobServerService:
+        job_server_process.behave(token=CANARY)
+        return JobServerService(job_server_process)
+
+    def connection(self, service: JobServerService, engine: Any, settings: EngineSettings) -> Any:
+        service.server.behave(token=CANARY)
+        return JobServer(
+            base_url=HttpUrl(service.server.url),
+            token=SecretStr(CANARY),
+            engine=engine,
+            settings=settings,
+        )
+
+    def job(self, outcome: Outcome = "succeed", *, result: str = "done") -> ReportJob:
+        match outcome:
+            case "fail":
+                return ReportJob(seconds=0.1, outcome="fail", message=MESSAGE)
+            case "never":
+                return ReportJob(outcome="never")
+            case "queued":
+                return ReportJob(queued_seconds=600)
+            case "succeed":
+                return ReportJob(seconds=0.1, result=result)
+
+    def throttled(self, hint: float | None) -> Reply:
+        return Reply(429, {"message": "less"}, {} if hint is None else {"Retry-After": f"{hint:g}"})
+
+    def unauthorized(self) -> Reply:
+        return Reply(401, {"message": "the token is no longer valid"})
+
+    def unknown_handle(self) -> JobHandle:
+        return JobHandle(name="nobody")
