@@ -116,8 +116,21 @@ class Server(ABC):
         self.seen.clear()
         self.faults.clear()
 
+    @abstractmethod
+    def forget(self) -> None:
+        """Lose all jobs: they are gone and unknown, but were made."""
+
+    def ops(self) -> list[str]:
+        return [seen.op for seen in self.seen]
+
     def calls(self, op: str) -> list[Seen]:
         return [seen for seen in self.seen if seen.op == op]
+
+    def times(self, op: str) -> list[float]:
+        return [seen.at for seen in self.calls(op)]
+
+    def spoil(self, fault: Fault) -> None:
+        self.faults.append(fault)
 
     # --- the socket --------------------------------------------------------------------------
 
