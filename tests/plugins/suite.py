@@ -52,7 +52,7 @@ Row = tuple[Any, Phase, ErrorKind | None]
 
 
 class Service(Protocol):
-    """How the suite steers and asks a service: the few words that each of them must understand; `tests.servers.base.Server` has them."""
+    """How the suite steers and asks a service: what each of them must understand. `tests.servers.base.Server` does."""
 
     def reset(self) -> None:
         """No jobs, no faults, an empty log."""
