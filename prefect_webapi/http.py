@@ -44,6 +44,7 @@ __all__ = [
     "ANSWER_TOO_LARGE",
     "Answer",
     "HeaderSource",
+    "Judge",
     "Outgoing",
     "RemoteClient",
     "classify",
@@ -143,6 +144,8 @@ class Outgoing:
 
 
 HeaderSource = Callable[[Outgoing], Awaitable[Mapping[str, str | SecretStr]]]
+Judge = Callable[[Answer, Method], RemoteError | None]
+"""Tells a failure from a success, which is None."""
 
 
 class RemoteClient:
@@ -157,6 +160,7 @@ class RemoteClient:
         request_timeout: longest wait between two parts of an answer; a connection gets 10 s at most. The engine's own
             time-outs bound a call as a whole.
         max_answer_bytes: larger answers are cut off and refused while they are read.
+        judge: what an answer means, where the service's own words say more than the status; None: `error_of_status`.
         allow_insecure: permit `http://` with credentials to a host that is not this machine.
         transport: for tests.
 
@@ -174,6 +178,7 @@ class RemoteClient:
         request_timeout: timedelta = timedelta(seconds=60),
         max_connections: int = 100,
         max_answer_bytes: int = MAX_ANSWER_BYTES,
+        judge: Judge | None = None,
         allow_insecure: bool = False,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
@@ -186,6 +191,7 @@ class RemoteClient:
         self._headers = _sendable(given)
         self._mask = Mask(secrets)
         self._auth = auth
+        self._judge = judge or error_of_status
         self._max_answer_bytes = max_answer_bytes
         longest = request_timeout.total_seconds()
         self._timeout = httpx.Timeout(
@@ -210,7 +216,7 @@ class RemoteClient:
         params: Mapping[str, Any] | None = None,
         headers: Mapping[str, str | SecretStr] | None = None,
     ) -> Any:
-        """The answer's JSON. Raises what `request` and `Answer.json` raise, and `error_of_status`'s errors."""
+        """The answer's JSON. Raises what `request` and `Answer.json` raise, and the judge's errors."""
         return await self._data("GET", path, params=params, headers=headers)
 
     async def post(
@@ -316,7 +322,7 @@ class RemoteClient:
 
     async def _data(self, method: Method, path: str, **arguments: Any) -> Any:
         answer = await self.request(method, path, **arguments)
-        error = error_of_status(answer, method)
+        error = self._judge(answer, method)
         if error is not None:
             raise error
         if not answer.body and (

@@ -257,6 +257,18 @@ async def test_a_status_says_whose_fault_it_is_and_whether_a_job_may_exist(
         assert error.retry_after == (timedelta(seconds=7) if headers else None)
 
 
+async def test_a_plugin_judges_answers_by_its_services_own_words() -> None:
+    """SPEC 2.5: where a service gives HTTP codes other meanings, the plugin classifies."""
+
+    def judge(answer: Answer, method: str) -> RemoteError | None:
+        return Throttled("less") if answer.status == 403 else None
+
+    async with answering(403, "{}", judge=judge) as client:
+        assert isinstance(await failure(client.get("/jobs/a")), Throttled)
+    async with answering(500, "[1]", judge=judge) as client:
+        assert await client.get("/jobs/a") == [1]
+
+
 async def test_409_means_that_the_job_exists_only_where_a_job_is_made(
     job_server: EmbeddedJobServer, client: RemoteClient
 ) -> None:
