@@ -11,7 +11,7 @@ import logging
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from datetime import timedelta
-from typing import Self
+from typing import Any, Self
 from urllib.parse import urlsplit
 from uuid import UUID
 
@@ -40,6 +40,9 @@ CALL_SECONDS = 10.0
 NOT_SENT = {"ConnectError", "ConnectTimeout", "PoolTimeout"}
 TRIES = 3
 BUSY_SECONDS = 1.0
+
+COLLISION_SECONDS = 0.1
+"""Pause before the next of the tries that Prefect's client makes by itself."""
 
 LOOK_SECONDS = 60.0
 """How old our knowledge may be that a limit is switched on."""
@@ -210,7 +213,7 @@ class PrefectSlots:
             async with self._opening:
                 if self._client is None:
                     # In a thread: without PREFECT_API_URL this starts a server and waits for it.
-                    client = await anyio.to_thread.run_sync(get_client)
+                    client = await anyio.to_thread.run_sync(_new_client)
                     await client.__aenter__()
                     self._client = client
         return self._client
@@ -237,6 +240,16 @@ class _Refused(SlotsUnavailable):
             f"Prefect's API at {where} answered {self.status} when asked to {what}",
             maybe_done=self.status >= 500,
         )
+
+
+def _new_client() -> PrefectClient:
+    return get_client(httpx_settings={"event_hooks": {"response": [_ask_again_soon]}})
+
+
+async def _ask_again_soon(response: Any) -> None:
+    """A server on SQLite answers 503 whenever two of its writes meet; left alone, its client then waits for seconds."""
+    if response.status_code == 503:
+        response.headers.setdefault("Retry-After", str(COLLISION_SECONDS))
 
 
 def _holder(task_run: str) -> ConcurrencyLeaseHolder | None:

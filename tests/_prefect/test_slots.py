@@ -12,12 +12,19 @@ import anyio
 import pytest
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import GlobalConcurrencyLimitUpdate
+from prefect.settings import PREFECT_API_URL, temporary_settings
 from prometheus_client import CollectorRegistry
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp
 
 from prefect_webapi._prefect.slots import PrefectSlots
 from prefect_webapi.clock import Clock
 from prefect_webapi.metrics import Metrics
 from prefect_webapi.quotas import Busy, Quotas, SlotLease, SlotsUnavailable, Waiting
+from tests.servers.base import Fault, Reply, Seen, Server
 from tests.support.leaks import GivenCount, given_back
 from tests.support.prefect import PrefectServer, free_port, pointed_at
 from tests.support.waiting import eventually
@@ -323,3 +330,44 @@ async def test_slots_that_a_restarted_server_leaked_come_back(
                 assert await taken(name) == 2
                 quotas.release([name], fresh, weight=2)
             assert await taken(name) == 0
+
+
+class Colliding(Server):
+    """Prefect's API as far as taking slots goes: two of its writes have met, twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.faults = [
+            Fault("create", Reply(503, {"exception_message": "Service Unavailable"}), times=2)
+        ]
+
+    @property
+    def app(self) -> ASGIApp:
+        async def grant(_: Request) -> Response:
+            limit = {"id": str(uuid.uuid4()), "name": "x", "limit": 1}
+            return JSONResponse({"lease_id": str(uuid.uuid4()), "limits": [limit]})
+
+        taking = "/api/v2/concurrency_limits/increment-with-lease"
+        return Starlette(routes=[Route(taking, grant, methods=["POST"])])
+
+    def op_of(self, request: Seen) -> str:
+        return "create" if request.path.endswith("/increment-with-lease") else ""
+
+    def made(self) -> int:
+        return 0
+
+    def live(self) -> int:
+        return 0
+
+    def forget(self) -> None:
+        return None
+
+
+async def test_writes_of_prefects_server_that_collide_cost_no_seconds() -> None:
+    """Its client alone would wait two seconds, then four: with many jobs that adds up to hours."""
+    with Colliding() as server, temporary_settings({PREFECT_API_URL: f"{server.url}/api"}):
+        async with PrefectSlots(Clock()) as slots:
+            assert isinstance(await slots.acquire(["x"], 1, "", LEASE), SlotLease)
+    first, *_, last = server.times("create")
+    assert len(server.calls("create")) == 3
+    assert last - first < 1.5
