@@ -38,6 +38,10 @@ __all__ = ["Soak", "Verdict", "run"]
 FLIGHT_SECONDS = 0.25
 """A request that arrives so soon after a 429 was under way before the 429 could be read."""
 RETRY_AFTER_SECONDS = 1.0
+SHARE_BEFORE_KILLS = 0.8
+"""So many of all jobs are made, about, before the last kill."""
+PATIENCE_SECONDS = 20.0
+"""A process that gets nowhere, as its requests go wrong, is killed then."""
 FINAL_SECONDS = 900.0
 LEASE_SECONDS = 150.0
 
@@ -122,7 +126,8 @@ def run(soak: Soak, server: EmbeddedJobServer, prefect: PrefectServer, folder: P
                 stdout=told,
                 stderr=told,
             )
-        if kills < soak.kills and _lives(process, server, seen, dice.uniform(0.2, 8.0)):
+        more = dice.randint(0, int(SHARE_BEFORE_KILLS * 2 * soak.jobs / soak.kills))
+        if kills < soak.kills and _lives(process, server, seen, more, dice.uniform(0.0, 1.0)):
             process.send_signal(signal.SIGKILL)
             process.wait()
             kills += 1
@@ -139,11 +144,24 @@ def run(soak: Soak, server: EmbeddedJobServer, prefect: PrefectServer, folder: P
 
 
 def _lives(
-    process: subprocess.Popen[bytes], server: EmbeddedJobServer, seen: int, life: float
+    process: subprocess.Popen[bytes],
+    server: EmbeddedJobServer,
+    seen: int,
+    more: int,
+    life: float,
 ) -> bool:
-    """Wait until the process has said something to the service, and then for so long; False: it ended first."""
+    """Wait until it has said something to the service and made that many jobs more, and then for so long.
+
+    One that makes no headway is not waited for. False: it ended first.
+    """
+    wanted = server.stats().created + more
     while process.poll() is None and len(server.log(since=seen)) == 0:
         time.sleep(0.05)
+    patience = time.monotonic() + PATIENCE_SECONDS
+    while process.poll() is None and server.stats().created < wanted:
+        if time.monotonic() > patience:
+            break
+        time.sleep(0.1)
     end = time.monotonic() + life
     while process.poll() is None and time.monotonic() < end:
         time.sleep(0.02)
