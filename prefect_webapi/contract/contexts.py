@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from prefect_webapi.contract.task import TaskExecutionMetadata, TaskTemplate
 
 __all__ = [
+    "DataStore",
     "DeleteContext",
     "GetContext",
     "InputReader",
@@ -48,11 +49,50 @@ class TaskReader(Protocol):
         """A fresh copy at each call."""
         ...
 
+    async def path(self) -> str:
+        """URI of the task as JSON in the result storage. Written by this call, not before."""
+        ...
+
 
 class InputReader(Protocol):
     """Reads the arguments of the task's call, futures of other tasks resolved."""
 
     def get(self) -> Mapping[str, Any]: ...
+
+    @property
+    def prefix(self) -> str:
+        """Where `path` writes: a name in the result storage."""
+        ...
+
+    async def path(self) -> str:
+        """URI of the arguments as JSON in the result storage. Written by this call, not before.
+
+        Raises:
+            BadTaskSpecification: an argument has no JSON form.
+        """
+        ...
+
+
+class DataStore(Protocol):
+    """Prefect's result storage, for what a plugin or its remote job keeps.
+
+    Names are paths parted by `/`, best under the prefixes of `output_writer`: these are a job's own.
+    """
+
+    async def write(self, name: str, data: bytes, /) -> str:
+        """Store under a name, replacing what was there; returns the URI to read it by. Raises `WebApiError`."""
+        ...
+
+    async def read(self, uri: str, /) -> bytes | None:
+        """What was stored, in any process that has the storage; None if it is gone. Raises `WebApiError`."""
+        ...
+
+    async def uri(self, name: str, /) -> str:
+        """The place that `write` would use, in words that services understand: `s3://…`, `file://…`.
+
+        `prefect-block://<id>/<name>` for a storage that has no such words. Writes nothing. Raises `WebApiError`.
+        """
+        ...
 
 
 class OutputWriter(Protocol):
@@ -64,7 +104,31 @@ class OutputWriter(Protocol):
 
     @property
     def raw_output_prefix(self) -> str:
-        """A name for storage of one's own: unique per attempt, constant within it."""
+        """Where a job keeps data of its own: unique per attempt, constant within it.
+
+        This and the others are names in the result storage; `data_store.uri` tells their URIs.
+        """
+        ...
+
+    @property
+    def output_prefix(self) -> str:
+        """Where a job leaves its outputs, for services that want to be told."""
+        ...
+
+    @property
+    def output_path(self) -> str: ...
+
+    @property
+    def error_path(self) -> str: ...
+
+    @property
+    def checkpoint_prefix(self) -> str:
+        """Where this attempt keeps what the next one may go on from."""
+        ...
+
+    @property
+    def previous_checkpoint_prefix(self) -> str | None:
+        """The same of the attempt before; None: this is the first."""
         ...
 
 
@@ -102,6 +166,9 @@ class TaskExecutionContextReader(Protocol):
 
     @property
     def output_writer(self) -> OutputWriter: ...
+
+    @property
+    def data_store(self) -> DataStore: ...
 
     @property
     def task_execution_metadata(self) -> TaskExecutionMetadata: ...

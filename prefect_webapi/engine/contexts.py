@@ -7,7 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, SecretStr
+from pydantic_core import PydanticSerializationError, to_json
 
+from prefect_webapi.contract.contexts import DataStore
+from prefect_webapi.contract.errors import BadTaskSpecification
 from prefect_webapi.contract.keys import Fingerprint, JobKey
 from prefect_webapi.contract.task import JobSpec, TaskExecutionMetadata, TaskTemplate, result_type
 from prefect_webapi.engine.request import JobRequest, Secrets
@@ -19,6 +22,7 @@ __all__ = [
     "OutputSlot",
     "StatusView",
     "TaskView",
+    "storage_prefix",
     "task_view",
 ]
 
@@ -32,22 +36,54 @@ class _NothingPut:
 NOTHING_PUT = _NothingPut()
 
 
+def storage_prefix(key: JobKey) -> str:
+    """Where everything of an attempt lies in the result storage."""
+    return f"prefect-webapi/{key}"
+
+
 class OutputSlot:
     """Keeps what a plugin put last; visible to the engine only."""
 
-    __slots__ = ("raw_output_prefix", "value")
+    __slots__ = ("_prefix", "_previous", "value")
 
-    def __init__(self, raw_output_prefix: str) -> None:
-        self.raw_output_prefix = raw_output_prefix
+    def __init__(self, key: JobKey, previous: JobKey | None) -> None:
+        self._prefix = storage_prefix(key)
+        self._previous = previous
         self.value: Any = NOTHING_PUT
 
     def put(self, outputs: Any, /) -> None:
         self.value = outputs
 
+    @property
+    def raw_output_prefix(self) -> str:
+        return f"{self._prefix}/raw"
+
+    @property
+    def output_prefix(self) -> str:
+        return f"{self._prefix}/outputs"
+
+    @property
+    def output_path(self) -> str:
+        return f"{self.output_prefix}/outputs.json"
+
+    @property
+    def error_path(self) -> str:
+        return f"{self.output_prefix}/error.json"
+
+    @property
+    def checkpoint_prefix(self) -> str:
+        return f"{self._prefix}/checkpoints"
+
+    @property
+    def previous_checkpoint_prefix(self) -> str | None:
+        return None if self._previous is None else f"{storage_prefix(self._previous)}/checkpoints"
+
 
 @dataclass(frozen=True, slots=True)
 class _TaskReader:
     request: JobRequest
+    store: DataStore
+    prefix: str
 
     def read(self) -> TaskTemplate:
         spec = self.request.spec
@@ -62,13 +98,29 @@ class _TaskReader:
             },
         )
 
+    async def path(self) -> str:
+        name = f"{self.prefix}/task.json"
+        await self.store.write(name, self.read().model_dump_json().encode())
+        return await self.store.uri(name)
+
 
 @dataclass(frozen=True, slots=True)
 class _InputReader:
     inputs: Mapping[str, Any]
+    store: DataStore
+    prefix: str
 
     def get(self) -> Mapping[str, Any]:
         return dict(self.inputs)
+
+    async def path(self) -> str:
+        try:
+            data = to_json(self.get())
+        except PydanticSerializationError as error:
+            raise BadTaskSpecification(f"the task's arguments have no JSON form: {error}") from None
+        name = f"{self.prefix}/inputs.json"
+        await self.store.write(name, data)
+        return await self.store.uri(name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +142,7 @@ class TaskView:
     """What `create`, `find`, `do` and `resource_requirements` may look at."""
 
     request: JobRequest
+    data_store: DataStore
     secret_manager: _SecretManager
     output_writer: OutputSlot
     task_execution_metadata: TaskExecutionMetadata
@@ -97,11 +150,15 @@ class TaskView:
 
     @property
     def task_reader(self) -> _TaskReader:
-        return _TaskReader(self.request)
+        return _TaskReader(self.request, self.data_store, self._prefix)
 
     @property
     def input_reader(self) -> _InputReader:
-        return _InputReader(self.request.inputs)
+        return _InputReader(self.request.inputs, self.data_store, f"{self._prefix}/inputs")
+
+    @property
+    def _prefix(self) -> str:
+        return storage_prefix(JobKey(self.task_execution_metadata.generated_name))
 
     def spec(self, model: type[ModelT], /) -> ModelT:
         spec: JobSpec[Any] = self.request.spec
@@ -117,15 +174,18 @@ def task_view(
     fingerprint: Fingerprint,
     attempt: int,
     secrets: Secrets,
+    store: DataStore,
     connection: Any,
     max_dataset_size_bytes: int,
+    previous: JobKey | None = None,
 ) -> TaskView:
     caller = request.caller
     labels = {"job_key": key, "flow_run_id": caller.flow_run, "task_run_id": caller.task_run}
     return TaskView(
         request=request,
+        data_store=store,
         secret_manager=_SecretManager(secrets, connection),
-        output_writer=OutputSlot(f"prefect-webapi/{key}"),
+        output_writer=OutputSlot(key, previous),
         task_execution_metadata=TaskExecutionMetadata(
             generated_name=key,
             fingerprint=fingerprint,
@@ -172,6 +232,10 @@ class StatusView:
     @property
     def input_reader(self) -> _InputReader:
         return self.task.input_reader
+
+    @property
+    def data_store(self) -> DataStore:
+        return self.task.data_store
 
     @property
     def output_writer(self) -> OutputSlot:

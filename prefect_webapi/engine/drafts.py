@@ -48,7 +48,9 @@ async def draft_for(
     quotas: tuple[str, ...] = ()
     weight, namespace = 1, None
     if channel.quotas:
-        probe = _view(services, loaded, request, job_key(base, 0, 1), fingerprint, caller.attempt)
+        probe = _view(
+            services, loaded, request, job_key(base, 0, 1), fingerprint, caller.attempt, None
+        )
         needs = await calls.requirements(loaded, probe)
         namespace, weight = needs.namespace, needs.places
         if namespace not in channel.quotas:
@@ -102,7 +104,9 @@ def _kept(spec: JobSpec[Any]) -> dict[str, Any] | None:
 
 def view_for(services: Services, loaded: Loaded, request: JobRequest, record: Record) -> TaskView:
     """What the plugin's methods see of a job."""
-    return _view(services, loaded, request, record.key, record.fingerprint, record.attempt)
+    attempt = record.attempt
+    previous = job_key(record.base, record.ordinal, attempt - 1) if attempt > 1 else None
+    return _view(services, loaded, request, record.key, record.fingerprint, attempt, previous)
 
 
 def conflict(record: Record) -> ConfigurationError:
@@ -147,13 +151,16 @@ def _view(
     key: JobKey,
     fingerprint: Fingerprint,
     attempt: int,
+    previous: JobKey | None,
 ) -> TaskView:
     return task_view(
         request,
         key=key,
         fingerprint=fingerprint,
         attempt=attempt,
+        previous=previous,
         secrets=services.secrets,
+        store=services.outputs,
         connection=loaded.connection.value,
         max_dataset_size_bytes=loaded.settings.max_dataset_size_bytes,
     )

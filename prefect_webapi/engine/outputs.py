@@ -18,7 +18,7 @@ from prefect_webapi.contract.plugin import AsyncPlugin, overrides
 from prefect_webapi.contract.task import JobSpec, result_type
 from prefect_webapi.engine.adapters import adapter_of
 from prefect_webapi.engine.calls import Calls
-from prefect_webapi.engine.contexts import NOTHING_PUT, StatusView
+from prefect_webapi.engine.contexts import NOTHING_PUT, StatusView, storage_prefix
 from prefect_webapi.engine.evidence import back_off, failure_of
 from prefect_webapi.engine.job import Job
 from prefect_webapi.engine.services import Services
@@ -154,7 +154,8 @@ async def _store(services: Services, job: Job, data: bytes) -> str | None:
     tries = 0
     while True:
         try:
-            return await services.outputs.write(job.record.key, data)
+            name = f"{storage_prefix(job.record.key)}/result.json"
+            return await services.outputs.write(name, data)
         except (OSError, WebApiError) as error:
             tries += 1
             logger.warning("storing the result of job %s failed: %s", job.record.key, error)

@@ -19,7 +19,6 @@ __all__ = [
     "Fate",
     "JobRequest",
     "Outcome",
-    "OutputStore",
     "Overrides",
     "Reporter",
     "RunState",
@@ -178,16 +177,4 @@ class Secrets(Protocol):
         Raises:
             SecretNotFound: names the key and the places searched.
         """
-        ...
-
-
-class OutputStore(Protocol):
-    """Keeps results that are too large for the ledger."""
-
-    async def write(self, key: JobKey, data: bytes) -> str:
-        """Store under a name of this job, replacing what was there; returns the pointer."""
-        ...
-
-    async def read(self, pointer: str) -> bytes | None:
-        """What was stored; None if it is gone."""
         ...

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 
 from prefect_webapi.clock import Clock
 from prefect_webapi.contract.config import EngineSettings
+from prefect_webapi.contract.contexts import DataStore
 from prefect_webapi.engine.liveness import Pulse
-from prefect_webapi.engine.request import OutputStore, Runs, Secrets
+from prefect_webapi.engine.request import Runs, Secrets
 from prefect_webapi.ledger.store import Store
 from prefect_webapi.limiter import Gates
 from prefect_webapi.metrics import Metrics
@@ -36,7 +37,7 @@ class Services:
     gates: Gates
     quotas: Quotas
     secrets: Secrets
-    outputs: OutputStore
+    outputs: DataStore
     metrics: Metrics
     runs: Runs
     settings: EngineSettings = field(default_factory=EngineSettings)

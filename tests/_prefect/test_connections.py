@@ -1,27 +1,22 @@
-"""Connections, secrets and large results, kept where Prefect's users keep theirs."""
+"""Connections and secrets, kept where Prefect's users keep theirs."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any, cast
 
-import anyio
 import pytest
 from prefect.blocks.core import Block
 from prefect.blocks.system import Secret
 from prefect.client.orchestration import get_client
-from prefect.filesystems import LocalFileSystem
 from pydantic import BaseModel, SecretStr
 
 from prefect_webapi._prefect import api as api_module
 from prefect_webapi._prefect.api import Api, PrefectUnavailable
 from prefect_webapi._prefect.connections import BlockConnections
-from prefect_webapi._prefect.outputs import ResultStorage
 from prefect_webapi._prefect.secrets import BlockSecrets
 from prefect_webapi.contract.errors import ConfigurationError, SecretNotFound
-from prefect_webapi.contract.keys import JobKey
 from prefect_webapi.tasks import task_for
 from prefect_webapi_jobserver import ReportJob
 from tests.support.prefect import PrefectServer, free_port, pointed_at
@@ -217,34 +212,3 @@ async def test_a_rotated_secret_is_seen_at_the_next_look(api: Api) -> None:
     for value in ("old", "new"):
         await save(secret_block(value), "rotating")
         assert await secrets.get("rotating", LAB) == value
-
-
-# --- large results -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.usefixtures("prefect_api")
-async def test_a_large_result_is_read_back_from_its_pointer() -> None:
-    storage = ResultStorage()
-    pointer = await storage.write(JobKey("jlarge"), b"first")
-    assert await storage.write(JobKey("jlarge"), b"second") == pointer
-    assert await ResultStorage().read(pointer) == b"second"
-
-
-@pytest.mark.usefixtures("prefect_api")
-async def test_a_result_that_is_gone_is_none() -> None:
-    storage = ResultStorage()
-    pointer = await storage.write(JobKey("jgone"), b"x")
-    await anyio.Path(pointer.removeprefix("path:")).unlink()
-    assert await storage.read(pointer) is None
-
-
-async def test_a_saved_storage_block_is_named_in_the_pointer(
-    prefect_server: PrefectServer, tmp_path: Path, prefect_api: PrefectServer
-) -> None:
-    await save(LocalFileSystem(basepath=str(tmp_path / "kept")), "webapi-results")
-    block = "local-file-system/webapi-results"
-    with pointed_at(prefect_server, PREFECT_DEFAULT_RESULT_STORAGE_BLOCK=block):
-        pointer = await ResultStorage().write(JobKey("jkept"), b"x")
-    assert pointer.startswith("block:")
-    assert list((tmp_path / "kept").rglob("jkept.json"))
-    assert await ResultStorage().read(pointer) == b"x"

@@ -157,13 +157,16 @@ async def test_a_job_that_was_seen_over_is_no_longer_cancelled(
     seen, go_on = asyncio.Event(), asyncio.Event()
 
     class SlowOutputs:
-        async def write(self, key: str, data: bytes) -> str:
+        async def write(self, name: str, data: bytes, /) -> str:
             loop.call_soon_threadsafe(seen.set)
             await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(go_on.wait(), loop))
             return "kept"
 
-        async def read(self, pointer: str) -> bytes | None:
+        async def read(self, uri: str, /) -> bytes | None:
             return None
+
+        async def uri(self, name: str, /) -> str:
+            return name
 
     loop = asyncio.get_running_loop()
     spec = ReportJob(seconds=0.1, result="x" * 100_000)

@@ -122,7 +122,7 @@ async def recorded(folder: Path) -> list[Record]:
 
 
 def stored(folder: Path) -> list[Path]:
-    return sorted((folder / "outputs").glob("*"))
+    return sorted(path for path in (folder / "outputs").rglob("*") if path.is_file())
 
 
 @pytest.mark.parametrize("result", ["small", "x" * 100_000])

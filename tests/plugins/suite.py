@@ -21,6 +21,7 @@ from prefect_webapi import (
     AsyncPlugin,
     EngineSettings,
     ErrorKind,
+    Guarantee,
     JobSpec,
     Phase,
     PhaseInfo,
@@ -33,11 +34,11 @@ from prefect_webapi.engine.contexts import DeleteView, GetView, StatusView, Task
 from prefect_webapi.engine.host import Host
 from prefect_webapi.engine.request import Outcome as Ended
 from tests.servers.base import Fault, Reply
-from tests.support.engine import QUICK, NoSecrets, Told, engine, request
+from tests.support.engine import QUICK, FolderOutputs, NoSecrets, Told, engine, request
 from tests.support.waiting import eventually
 from tests.support.witness import records
 
-__all__ = ["CANARY", "MESSAGE", "Op", "Outcome", "PluginSuite", "Row", "Service"]
+__all__ = ["CANARY", "MESSAGE", "WITHIN", "Op", "Outcome", "PluginSuite", "Row", "Service", "contents"]
 
 CANARY = "canary-4b1d-of-the-credentials"
 """Part of every secret that a connection of these tests holds."""
@@ -100,6 +101,11 @@ class PluginSuite(ABC):
     unknown: ClassVar[Any]
     has_tokens: ClassVar[bool] = False
     hints: ClassVar[bool] = True
+
+    @property
+    def guarantee(self) -> Guarantee:
+        """What the plugin promises here; where data describe the service, they say it."""
+        return self.plugin_class.guarantee
 
     # --- what each plugin's file gives -------------------------------------------------------
 
@@ -178,6 +184,7 @@ class PluginSuite(ABC):
             fingerprint=Fingerprint("f" * 64),
             attempt=1,
             secrets=NoSecrets(),
+            store=FolderOutputs(Path("nowhere")),
             connection=None,
             max_dataset_size_bytes=-1,
         )
@@ -274,7 +281,7 @@ class PluginSuite(ABC):
         with self.host(tmp_path, service) as host:
             outcome = await self.outcome(host, self.job())
         assert service.made() == 1
-        if self.plugin_class.guarantee == "at-most-once":
+        if self.guarantee == "at-most-once":
             assert outcome.info.err is not None
             assert outcome.info.err.code == "CreateOutcomeUnknown"
             assert len(service.times("create")) == 1
@@ -290,7 +297,7 @@ class PluginSuite(ABC):
         with self.host(tmp_path, service) as host:
             outcome = await self.outcome(host, self.job())
         assert service.made() == 1
-        if self.plugin_class.guarantee != "at-most-once":
+        if self.guarantee != "at-most-once":
             assert outcome.info.phase is Phase.SUCCESS, outcome.info
 
     async def test_a_connection_that_is_lost_before_leaves_one_job_or_none(
@@ -300,7 +307,7 @@ class PluginSuite(ABC):
         service.spoil(Fault("create", None))
         with self.host(tmp_path, service) as host:
             outcome = await self.outcome(host, self.job())
-        succeeds = self.plugin_class.guarantee != "at-most-once"
+        succeeds = self.guarantee != "at-most-once"
         assert service.made() == (1 if succeeds else 0)
         assert (outcome.info.phase is Phase.SUCCESS) == succeeds
 
@@ -475,7 +482,7 @@ class PluginSuite(ABC):
             echoed = await self.outcome(host, self.job(), reporter=told, nth=4, task_run="4")
         block = self.connection(service, PluginConfig(), EngineSettings())
         texts = [caplog.text, repr(told), repr(refused), repr(echoed), repr(block), str(block)]
-        texts += _contents(tmp_path)
+        texts += contents(tmp_path)
         assert not [text[:300] for text in texts if CANARY in text]
 
 
@@ -496,6 +503,6 @@ def _shown(info: PhaseInfo) -> bool:
     return bool(info.info.logs or info.info.external_resources)
 
 
-def _contents(folder: Path) -> list[str]:
+def contents(folder: Path) -> list[str]:
     """Of the ledger, its log and the results."""
     return [path.read_bytes().decode("latin-1") for path in folder.rglob("*") if path.is_file()]

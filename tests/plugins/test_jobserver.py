@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -28,9 +28,10 @@ from prefect_webapi.testing.jobserver.jobs import JobState
 from prefect_webapi_jobserver import JobServer, Report, ReportJob, entry
 from prefect_webapi_jobserver.models import JobHandle, JobView
 from prefect_webapi_jobserver.plugin import PHASES, JobServerPlugin
-from tests.plugins.suite import CANARY, MESSAGE, Op, Outcome, PluginSuite, Service
-from tests.servers.base import Fault, Reply
-from tests.support.engine import NoSecrets, request
+from tests.plugins.jobserver import JobServerService
+from tests.plugins.suite import CANARY, MESSAGE, Outcome, PluginSuite
+from tests.servers.base import Reply
+from tests.support.engine import FolderOutputs, NoSecrets, request
 from tests.support.jobserver import TOKEN
 
 REPOSITORY = Path(__file__).parents[2]
@@ -99,6 +100,7 @@ def task_of(spec: ReportJob) -> TaskView:
         fingerprint=FINGERPRINT,
         attempt=1,
         secrets=NoSecrets(),
+        store=FolderOutputs(Path("nowhere")),
         connection=None,
         max_dataset_size_bytes=-1,
     )
@@ -210,51 +212,6 @@ async def test_delete_hands_the_reason_on_and_does_not_mind_a_job_that_is_over(
 
 
 # --- in the engine ---------------------------------------------------------------------------
-
-
-class JobServerService(Service):
-    """The embedded job server in the suite's words."""
-
-    def __init__(self, server: EmbeddedJobServer) -> None:
-        self.server = server
-
-    def reset(self) -> None:
-        self.server.reset()
-
-    def made(self) -> int:
-        return len(self.server.jobs())
-
-    def live(self) -> int:
-        return self.server.stats().live
-
-    def ops(self) -> list[str]:
-        return ["get_many" if entry.op == "batch" else entry.op for entry in self.server.log()]
-
-    def times(self, op: Op) -> list[float]:
-        return [
-            entry.mono
-            for entry, name in zip(self.server.log(), self.ops(), strict=True)
-            if name == op
-        ]
-
-    def spoil(self, fault: Fault) -> None:
-        reply = fault.reply
-        for op in ("get", "batch") if fault.op == "get" else (fault.op,):
-            self.server.fault(
-                cast(Any, op),
-                skip=fault.skip,
-                times=fault.times,
-                after_acceptance=fault.carried_out,
-                drop=reply is None,
-                status=None if reply is None else reply.status,
-                headers={} if reply is None else reply.headers,
-                body=None if reply is None else reply.content.decode(),
-                retry_after=None if reply is None else reply.headers.get("Retry-After"),
-            )
-
-    def forget(self) -> None:
-        for job in self.server.jobs():
-            self.server.end(job.name, "forgotten")
 
 
 class TestJobServer(PluginSuite):

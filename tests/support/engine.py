@@ -15,8 +15,8 @@ from pydantic import HttpUrl, SecretStr
 
 from prefect_webapi import EngineSettings, PluginConfig
 from prefect_webapi.clock import Clock
+from prefect_webapi.contract.contexts import DataStore
 from prefect_webapi.contract.errors import SecretNotFound
-from prefect_webapi.contract.keys import JobKey
 from prefect_webapi.contract.phase import PhaseInfo
 from prefect_webapi.contract.plugin import PluginEntry
 from prefect_webapi.contract.task import JobSpec
@@ -28,7 +28,6 @@ from prefect_webapi.engine.request import (
     Fate,
     JobRequest,
     Outcome,
-    OutputStore,
     Overrides,
     Runs,
     RunState,
@@ -93,14 +92,17 @@ class FolderOutputs:
     def __init__(self, folder: Any) -> None:
         self.folder = folder
 
-    async def write(self, key: JobKey, data: bytes) -> str:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"{key}.json"
+    async def write(self, name: str, data: bytes, /) -> str:
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
         return str(path)
 
-    async def read(self, pointer: str) -> bytes | None:
-        return _content(Path(pointer))
+    async def read(self, uri: str, /) -> bytes | None:
+        return _content(Path(uri))
+
+    async def uri(self, name: str, /) -> str:
+        return str(self.folder / name)
 
 
 def _content(path: Path) -> bytes | None:
@@ -182,7 +184,7 @@ def engine(
     speed: float = 1.0,
     epoch: float | None = None,
     store: type[SqlStore] = SqlStore,
-    outputs: OutputStore | None = None,
+    outputs: DataStore | None = None,
     metrics: Metrics | None = None,
     slots: Callable[[Clock], Slots] = LocalSlots,
     runs: Runs | None = None,
@@ -292,7 +294,7 @@ def at(
     speed: float = 1.0,
     epoch: float | None = None,
     store: type[SqlStore] = SqlStore,
-    outputs: OutputStore | None = None,
+    outputs: DataStore | None = None,
     metrics: Metrics | None = None,
     slots: Callable[[Clock], Slots] = LocalSlots,
     runs: Runs | None = None,
