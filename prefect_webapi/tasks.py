@@ -46,6 +46,7 @@ from prefect.results import (
 from prefect.tasks import StateHookCallable, Task, TaskRunNameValueOrCallable
 from prefect.transactions import Transaction
 from prefect.utilities.annotations import NotSet
+from pydantic import BaseModel
 
 from prefect_webapi._prefect import service
 from prefect_webapi._prefect.body import Job, Unsaved, run_async, run_sync
@@ -376,10 +377,27 @@ def _sync_body(job: Job) -> Callable[..., Any]:
 
 
 def _known_to_prefect(body: Callable[..., Any], describe: Callable[..., Any]) -> Callable[..., Any]:
-    body.__signature__ = inspect.signature(describe)  # a class hides its own
+    body.__signature__ = _signature(describe)  # a class hides its own
     if inspect.isfunction(describe):  # Prefect's task key then tells our bodies apart by theirs
         body.__prefect_task_source__ = describe  # pyright: ignore[reportFunctionMemberAccess] # Prefect's own mark
     return body
+
+
+def _signature(describe: Callable[..., Any]) -> inspect.Signature:
+    """Of a spec class, with the values of its default factories: Prefect passes every default on as an argument."""
+    signature = inspect.signature(describe)
+    if not isinstance(describe, type) or not issubclass(describe, BaseModel):
+        return signature
+    made = {
+        name: field.get_default(call_default_factory=True)
+        for name, field in describe.model_fields.items()
+        if field.default_factory is not None
+    }
+    parameters = [
+        each.replace(default=made.get(each.name, each.default))
+        for each in signature.parameters.values()
+    ]
+    return signature.replace(parameters=parameters)
 
 
 def _settings() -> Options:

@@ -26,7 +26,7 @@ from prefect.context import TaskRunContext
 from prefect.exceptions import CancelledRun
 from prefect.states import Failed
 from prefect.task_engine import TaskRunTimeoutError
-from pydantic import HttpUrl, SecretStr
+from pydantic import Field, HttpUrl, SecretStr
 
 from prefect_webapi import (
     ConfigurationError,
@@ -219,6 +219,17 @@ def test_a_wrong_spec_is_told_by_field_and_not_tried_again(
     with pytest.raises(ConfigurationError, match=r"seconds: .*-1"):
         run_sync.with_options(retries=2)(seconds=-1)
     assert job_server.log() == []
+
+
+class TaggedJob(ReportJob):
+    tags: dict[str, str] = Field(default_factory=dict)
+
+
+def test_a_field_whose_default_is_made_may_be_left_out(connection: JobServer) -> None:
+    """Prefect passes defaults on as arguments, and pydantic's signature has a stand-in for those made anew."""
+    tagged = sync_task_for("job-server", TaggedJob, connection=connection)
+    assert inspect.signature(tagged).parameters["tags"].default == {}
+    assert tagged(seconds=0.1, result=7).data == 7
 
 
 def test_a_function_that_describes_nothing_is_told_so(connection: JobServer) -> None:
