@@ -87,7 +87,7 @@ if TYPE_CHECKING:
         TaskExecutionMetadata,
         TaskTemplate,
     )
-    from prefect_webapi.http import Answer, RemoteClient, classify, error_of_status, path
+    from prefect_webapi.http import Answer, Outgoing, RemoteClient, classify, error_of_status, path
     from prefect_webapi.registry import Registry, default_registry, register
     from prefect_webapi.tasks import (
         JobOptions,
@@ -134,6 +134,7 @@ __all__ = [
     "MetricsScope",
     "NotFound",
     "OutcomeUnknown",
+    "Outgoing",
     "OutputWriter",
     "Phase",
     "PhaseInfo",
@@ -213,7 +214,7 @@ _HOMES = {
         "JobSpec ResourceConstraintsSpec ResourceNamespace ResourceRequirements "
         "TaskExecutionMetadata TaskTemplate"
     ),
-    "prefect_webapi.http": "Answer RemoteClient classify error_of_status path",
+    "prefect_webapi.http": "Answer Outgoing RemoteClient classify error_of_status path",
     "prefect_webapi.registry": "Registry default_registry register",
     "prefect_webapi.tasks": (
         "JobOptions RemoteTask TaskOptions run_key sync_task_for task_for webapi_task"

@@ -1,0 +1,176 @@
+"""Calls of the AWS JSON protocols: signed by botocore, judged by the code of the error and not by its HTTP status."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import re
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any, cast
+
+from pydantic import SecretStr
+
+from prefect_webapi import (
+    Answer,
+    AuthError,
+    ConfigurationError,
+    Outgoing,
+    RemoteClient,
+    RemoteError,
+    RemoteSystemError,
+    RemoteUserError,
+    Throttled,
+    error_of_status,
+)
+from prefect_webapi_aws.blocks import AwsConnection
+
+THROTTLES = frozenset(
+    [
+        *("ThrottlingException", "Throttling", "ThrottledException", "TooManyRequestsException"),
+        *("RequestThrottled", "RequestThrottledException", "RequestLimitExceeded", "SlowDown"),
+        *("BandwidthLimitExceeded", "LimitExceededException", "KmsThrottlingException"),
+        "ExecutionLimitExceeded",  # of Step Functions: too many executions run
+    ]
+)
+REFUSALS = frozenset(
+    [
+        *("AccessDenied", "AccessDeniedException", "UnauthorizedOperation", "NotAuthorized"),
+        *("UnrecognizedClientException", "InvalidClientTokenId", "InvalidAccessKeyId"),
+        *("InvalidSignatureException", "SignatureDoesNotMatch", "IncompleteSignature"),
+        *("IncompleteSignatureException", "MissingAuthenticationToken", "AuthFailure"),
+        *("MissingAuthenticationTokenException", "ExpiredToken", "ExpiredTokenException"),
+        *("RequestExpired", "RequestTimeTooSkewed", "OptInRequired"),
+    ]
+)
+MESSAGE_CHARACTERS = 2000
+
+# At DEBUG it writes down what it signs, session tokens too.
+logging.getLogger("botocore.auth").addFilter(lambda record: record.levelno > logging.DEBUG)
+
+
+class AwsJson:
+    """A client of one service.
+
+    Args:
+        service: its name in addresses and signatures.
+        target: what stands before the operation in `X-Amz-Target`.
+        version: of the protocol.
+    """
+
+    def __init__(self, at: AwsConnection, service: str, target: str, version: str) -> None:
+        self._client = RemoteClient(
+            at.address(service),
+            auth=Signer(at, service),
+            judge=lambda answer, _method: error_of(answer),
+            allow_insecure=at.settings.allow_insecure,
+        )
+        self._target = target
+        self._content_type = f"application/x-amz-json-{version}"
+
+    async def call(self, operation: str, **fields: Any) -> Any:
+        """The answer's data. Fields that are None are left out.
+
+        Raises:
+            RemoteError: with the service's own code.
+        """
+        headers = {
+            "Content-Type": self._content_type,
+            "X-Amz-Target": f"{self._target}.{operation}",
+        }
+        body = {name: value for name, value in fields.items() if value is not None}
+        return await self._client.post("/", json=body, headers=headers)
+
+    async def aclose(self) -> None:
+        await self._client.aclose()
+
+
+class Signer:
+    """Signature version 4, with credentials that botocore finds, caches and renews."""
+
+    def __init__(self, at: AwsConnection, service: str) -> None:
+        try:
+            # By name: botocore has no types.
+            self._sigv4: Any = import_module("botocore.auth").SigV4Auth
+            self._request: Any = import_module("botocore.awsrequest").AWSRequest
+            self._session: Any = import_module("botocore.session").Session
+            plain: Any = import_module("botocore.credentials").Credentials
+        except ImportError as error:
+            raise ConfigurationError(
+                'AWS requests are signed by botocore: pip install "prefect-webapi[aws]"'
+            ) from error
+        self._at, self._service = at, service
+        self._turn = asyncio.Lock()
+        self._credentials: Any = None
+        if at.secret_access_key is not None:
+            token = at.session_token and at.session_token.get_secret_value()
+            self._credentials = plain(
+                at.access_key_id, at.secret_access_key.get_secret_value(), token
+            )
+
+    async def __call__(self, request: Outgoing, /) -> Mapping[str, str | SecretStr]:
+        if self._must_wait():
+            async with self._turn:
+                await asyncio.to_thread(self._renew)  # it reads files and asks services
+        signed = self._request(
+            request.method, request.url, data=request.body, headers=dict(request.headers)
+        )
+        frozen = self._credentials.get_frozen_credentials()
+        self._sigv4(frozen, self._service, self._at.region).add_auth(signed)
+        return {
+            name: SecretStr(value)
+            for name, value in signed.headers.items()
+            if name not in request.headers
+        }
+
+    def _must_wait(self) -> bool:
+        # Those of a fixed key have no `refresh_needed`.
+        return self._credentials is None or getattr(self._credentials, "refresh_needed", bool)()
+
+    def _renew(self) -> None:
+        if self._credentials is None:
+            self._credentials = self._session(profile=self._at.profile).get_credentials()
+        if self._credentials is None:
+            raise AuthError(
+                "no AWS credentials were found: give the block an access key or a profile, or run where the "
+                "environment or a role has some",
+                code="NoCredentials",
+            )
+        self._credentials.get_frozen_credentials()
+
+
+def error_of(answer: Answer) -> RemoteError | None:
+    """What an answer means; None: it is a success.
+
+    Throttles and refused credentials come as HTTP 400 too, and what the signature's check refuses may come as XML.
+    """
+    if answer.status < 300:
+        return None
+    code, message = _told(answer)
+    if not code:
+        return error_of_status(answer, "GET")
+    message = answer.mask(message)[:MESSAGE_CHARACTERS]
+    if code in THROTTLES:
+        return Throttled(message, code=code)
+    if code in REFUSALS:
+        return AuthError(message, code=code)
+    if answer.status >= 500:
+        return RemoteSystemError(message, code=code)
+    return RemoteUserError(message, code=code)
+
+
+def _told(answer: Answer) -> tuple[str, str]:
+    """Code and message. The code may have a namespace before it and an address after it."""
+    try:
+        data: Any = json.loads(answer.text)
+    except ValueError:
+        data = None
+    if isinstance(data, dict):
+        fields = cast(dict[str, Any], data)
+        kind = fields.get("__type") or answer.headers.get("x-amzn-errortype") or ""
+        code = fields.get("AthenaErrorCode") or str(kind).rpartition("#")[2].partition(":")[0]
+        message = fields.get("message") or fields.get("Message") or code
+        return str(code), str(message)
+    found = re.search(r"<Code>(.+?)</Code>\s*<Message>(.*?)</Message>", answer.text, re.DOTALL)
+    return (found[1], found[2]) if found else ("", "")
