@@ -144,7 +144,7 @@ class Outgoing:
 
 
 HeaderSource = Callable[[Outgoing], Awaitable[Mapping[str, str | SecretStr]]]
-Judge = Callable[[Answer, Method], RemoteError | None]
+Judge = Callable[[Answer, str], RemoteError | None]
 """Tells a failure from a success, which is None."""
 
 
@@ -378,7 +378,7 @@ class RemoteClient:
         return self._client
 
 
-def error_of_status(answer: Answer, method: Method) -> RemoteError | None:
+def error_of_status(answer: Answer, method: str) -> RemoteError | None:
     """What an HTTP status means by default; None: it is a success.
 
     A plugin whose service gives a status another meaning looks at the `Answer` itself.
@@ -474,7 +474,7 @@ def _of_response(response: httpx.Response, request: httpx.Request) -> RemoteErro
         body = b""
     mask = Mask(_secrets_of({**request.headers, **request.url.params}))
     answer = Answer(response.status_code, dict(response.headers.items()), body, mask)
-    return error_of_status(answer, cast(Method, request.method))
+    return error_of_status(answer, request.method)
 
 
 # --- texts without secrets -------------------------------------------------------------------
