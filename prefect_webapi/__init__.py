@@ -17,8 +17,10 @@ if TYPE_CHECKING:
         PluginConfig,
         RateLimiterConfig,
         ResourceQuotas,
+        read_mapping,
     )
     from prefect_webapi.contract.contexts import (
+        DataStore,
         DeleteContext,
         GetContext,
         InputReader,
@@ -74,6 +76,7 @@ if TYPE_CHECKING:
         AsyncPlugin,
         CreateResult,
         Guarantee,
+        OptionalMethod,
         Plugin,
         PluginEntry,
         PluginLoader,
@@ -87,7 +90,15 @@ if TYPE_CHECKING:
         TaskExecutionMetadata,
         TaskTemplate,
     )
-    from prefect_webapi.http import Answer, Outgoing, RemoteClient, classify, error_of_status, path
+    from prefect_webapi.http import (
+        Answer,
+        Outgoing,
+        RemoteClient,
+        classify,
+        error_of_status,
+        path,
+        retry_after,
+    )
     from prefect_webapi.registry import Registry, default_registry, register
     from prefect_webapi.tasks import (
         JobOptions,
@@ -110,6 +121,7 @@ __all__ = [
     "CachingConfig",
     "ConfigurationError",
     "CreateResult",
+    "DataStore",
     "DeleteContext",
     "DuplicatePlugin",
     "EngineClosed",
@@ -133,6 +145,7 @@ __all__ = [
     "LedgerUnavailable",
     "MetricsScope",
     "NotFound",
+    "OptionalMethod",
     "OutcomeUnknown",
     "Outgoing",
     "OutputWriter",
@@ -176,7 +189,9 @@ __all__ = [
     "default_registry",
     "error_of_status",
     "path",
+    "read_mapping",
     "register",
+    "retry_after",
     "run_key",
     "sync_task_for",
     "task_for",
@@ -187,10 +202,10 @@ _CONTRACT = "prefect_webapi.contract"
 _HOMES = {
     f"{_CONTRACT}.config": (
         "DEFAULT_PLUGIN_CONFIG CachingConfig EngineSettings PluginConfig "
-        "RateLimiterConfig ResourceQuotas"
+        "RateLimiterConfig ResourceQuotas read_mapping"
     ),
     f"{_CONTRACT}.contexts": (
-        "DeleteContext GetContext InputReader MetricsScope OutputWriter "
+        "DataStore DeleteContext GetContext InputReader MetricsScope OutputWriter "
         "PluginSetupContext SecretManager StatusContext TaskExecutionContext "
         "TaskExecutionContextReader TaskReader"
     ),
@@ -208,13 +223,13 @@ _HOMES = {
         "ErrorKind ExecutionError ExternalResource Phase PhaseInfo ReasonInfo TaskInfo TaskLog"
     ),
     f"{_CONTRACT}.plugin": (
-        "AsyncPlugin CreateResult Guarantee Plugin PluginEntry PluginLoader SyncPlugin"
+        "AsyncPlugin CreateResult Guarantee OptionalMethod Plugin PluginEntry PluginLoader SyncPlugin"
     ),
     f"{_CONTRACT}.task": (
         "JobSpec ResourceConstraintsSpec ResourceNamespace ResourceRequirements "
         "TaskExecutionMetadata TaskTemplate"
     ),
-    "prefect_webapi.http": "Answer Outgoing RemoteClient classify error_of_status path",
+    "prefect_webapi.http": "Answer Outgoing RemoteClient classify error_of_status path retry_after",
     "prefect_webapi.registry": "Registry default_registry register",
     "prefect_webapi.tasks": (
         "JobOptions RemoteTask TaskOptions run_key sync_task_for task_for webapi_task"

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, SecretStr, ValidationError
 from prefect_webapi.contract.errors import AuthError, RemoteError, RemoteSystemError, Throttled
 from prefect_webapi.http import Outgoing, RemoteClient
 
-__all__ = ["ClientCredentials", "Token", "TokenAuth"]
+__all__ = ["ClientCredentials", "Token", "TokenAuth", "basic"]
 
 TRIES = 3
 MARGIN = timedelta(minutes=1)
@@ -121,7 +121,7 @@ class ClientCredentials:
         self._path = at.path
         self._client = RemoteClient(
             f"{at.scheme}://{at.netloc}",
-            headers={"Authorization": _basic(client_id, client_secret)},
+            headers={"Authorization": basic(client_id, client_secret)},
             allow_insecure=allow_insecure,
         )
         self._form = {"grant_type": "client_credentials", **({"scope": scope} if scope else {})}
@@ -151,6 +151,7 @@ class ClientCredentials:
         await self._client.aclose()
 
 
-def _basic(user: str, password: SecretStr) -> SecretStr:
+def basic(user: str, password: SecretStr) -> SecretStr:
+    """The value of an `Authorization` header. Source: RFC 7617."""
     pair = f"{user}:{password.get_secret_value()}"
     return SecretStr(f"Basic {base64.b64encode(pair.encode()).decode()}")

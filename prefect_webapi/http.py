@@ -117,6 +117,12 @@ class Answer:
         """The first 200 characters, without secrets: for messages."""
         return _beginning(self.body, self.mask)
 
+    @property
+    def next_page(self) -> str | None:
+        """The address that a `Link` header gives as the next page. Source: RFC 8288."""
+        links = httpx.Response(self.status, headers=dict(self.headers)).links
+        return links.get("next", {}).get("url")
+
     def json(self) -> Any:
         """The body as data; whole numbers of any length stay exact.
 
@@ -293,7 +299,8 @@ class RemoteClient:
             sent.setdefault("Content-Type", kind)
         asked = {key: _plain(value) for key, value in (params or {}).items() if value is not None}
         try:
-            url = httpx.URL(self._base_url + path, params=asked or None)
+            url = httpx.URL(self._base_url + path)
+            url = url.copy_merge_params(asked) if asked else url
         except httpx.InvalidURL as error:
             raise classify(error) from None
         fresh = await self._fresh_headers(Outgoing(method, str(url), sent, content))

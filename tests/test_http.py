@@ -113,6 +113,27 @@ async def test_whole_numbers_stay_exact(
     assert job_server.log("create")[0].body["spec"]["result"] == number
 
 
+async def test_a_query_in_the_path_is_kept(
+    job_server: EmbeddedJobServer, client: RemoteClient
+) -> None:
+    """Services give the next page as an address."""
+    await client.get("/jobs?names=a%26b")
+    await client.get("/jobs?names=a", params={"more": "c"})
+    assert [entry.query for entry in job_server.log("batch")] == ["names=a&b", "names=a&more=c"]
+
+
+@pytest.mark.parametrize(
+    ("link", "expected"),
+    [
+        ('<https://x/?p=2,3>; rel="next", <https://x/?p=9>; rel="last"', "https://x/?p=2,3"),
+        ('<https://x/?p=1>; rel="prev"', None),
+        ("", None),
+    ],
+)
+def test_the_next_page_is_read_from_the_link_header(link: str, expected: str | None) -> None:
+    assert Answer(200, {"link": link}, b"").next_page == expected
+
+
 @pytest.mark.parametrize("data", [{1, 2}, float("nan"), "\ud800"])
 async def test_what_has_no_json_form_is_refused_before_any_request(
     job_server: EmbeddedJobServer, client: RemoteClient, data: Any

@@ -40,6 +40,7 @@ __all__ = [
     "PluginConfig",
     "RateLimiterConfig",
     "ResourceQuotas",
+    "read_mapping",
 ]
 
 
@@ -80,7 +81,7 @@ class _Config(BaseModel):
 
         Source: SPEC REQ-06 to REQ-10.
         """
-        given = _parse(data, cls.__name__) if isinstance(data, str) else data
+        given = read_mapping(data, cls.__name__) if isinstance(data, str) else data
         base = base or cls._base()
         return validate(cls, given if base is None else _over(base, given))
 
@@ -457,7 +458,12 @@ def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _parse(text: str, subject: str) -> Mapping[str, Any]:
+def read_mapping(text: str, subject: str) -> Mapping[str, Any]:
+    """YAML or JSON text as keys with values; `subject` is what the text describes.
+
+    Raises:
+        InvalidConfiguration: it is neither, holds something else, or writes a key twice.
+    """
     try:
         if text.lstrip().startswith("{"):
             try:

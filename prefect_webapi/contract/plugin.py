@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, ClassVar, Generic, Literal, TypeVar, get_args
@@ -24,6 +24,7 @@ __all__ = [
     "AsyncPlugin",
     "CreateResult",
     "Guarantee",
+    "OptionalMethod",
     "Plugin",
     "PluginEntry",
     "PluginLoader",
@@ -37,6 +38,7 @@ R = TypeVar("R")
 C = TypeVar("C")
 
 Guarantee = Literal["key", "search", "at-most-once"]
+OptionalMethod = Literal["find", "get_many", "outputs"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +86,14 @@ class AsyncPlugin(_Plugin, Generic[M, R]):
             an unknown outcome is never repeated.
         max_batch: most jobs per `get_many`; 1: no batch reads.
         visibility_delay: how long a new job may be unreadable; None: the setting.
+        lacks: optional methods that the class has and this instance can't serve: where data describe the
+            service, they also say what it offers.
     """
 
-    guarantee: ClassVar[Guarantee] = "at-most-once"
-    max_batch: ClassVar[int] = 1
-    visibility_delay: ClassVar[timedelta | None] = None
+    guarantee: Guarantee = "at-most-once"
+    max_batch: int = 1
+    visibility_delay: timedelta | None = None
+    lacks: Collection[OptionalMethod] = ()
 
     @abstractmethod
     async def create(self, ctx: TaskExecutionContextReader) -> CreateResult[M, R] | M:
@@ -167,11 +172,10 @@ class PluginEntry(Generic[C]):
     default_for_task_types: Sequence[str] = ()
 
 
-def overrides(
-    plugin: AsyncPlugin[Any, Any], method: Literal["find", "get_many", "outputs"]
-) -> bool:
-    """Whether the author implements this optional method."""
-    return getattr(type(plugin), method) is not getattr(AsyncPlugin, method)
+def overrides(plugin: AsyncPlugin[Any, Any], method: OptionalMethod) -> bool:
+    """Whether the author implements this optional method, and this instance can serve it."""
+    implements = getattr(type(plugin), method) is not getattr(AsyncPlugin, method)
+    return implements and method not in plugin.lacks
 
 
 def handle_type(plugin: type[AsyncPlugin[Any, Any]], config: PluginConfig) -> Any:

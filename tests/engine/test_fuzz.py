@@ -6,7 +6,7 @@ import asyncio
 import json
 from collections import Counter, defaultdict
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 from urllib.parse import unquote
 
 import httpx
@@ -128,7 +128,7 @@ def surely_refused(answer: Any) -> bool:
 
 
 class OneByOne(NeitherPlugin):
-    max_batch: ClassVar[int] = 1
+    max_batch: int = 1
 
 
 def fuzzed(base: type[Any], service: Service) -> PluginEntry[JobServer]:

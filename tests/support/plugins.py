@@ -47,7 +47,7 @@ class _Posting(JobServerPlugin):
 class SearchPlugin(_Posting):
     """Exactly once by search."""
 
-    guarantee: ClassVar[Guarantee] = "search"
+    guarantee: Guarantee = "search"
 
     async def find(
         self, ctx: TaskExecutionContextReader
@@ -63,14 +63,14 @@ class SearchPlugin(_Posting):
 class NeitherPlugin(_Posting):
     """At most once: no key, no search."""
 
-    guarantee: ClassVar[Guarantee] = "at-most-once"
+    guarantee: Guarantee = "at-most-once"
     find = AsyncPlugin[JobHandle, JobView].find
 
 
 class SinglePlugin(JobServerPlugin):
     """Keys honoured, no batch reads, no search."""
 
-    max_batch: ClassVar[int] = 1
+    max_batch: int = 1
     find = AsyncPlugin[JobHandle, JobView].find
 
 
