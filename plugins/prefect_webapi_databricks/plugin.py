@@ -12,7 +12,6 @@ from prefect_webapi import (
     AsyncPlugin,
     AuthError,
     DeleteContext,
-    ExternalResource,
     GetContext,
     NotFound,
     PhaseInfo,
@@ -135,14 +134,12 @@ class DatabricksPlugin(AsyncPlugin[RunHandle, Run]):
     def status(self, ctx: StatusContext[RunHandle, Run]) -> PhaseInfo:
         run = ctx.resource
         page = TaskLog(name=f"Databricks run {run.run_id}", uri=run.run_page_url)
-        info = TaskInfo(
-            logs=(page,) if run.run_page_url else (),
-            external_resources=(ExternalResource(external_id=str(run.run_id)),),
-        )
+        info = TaskInfo(logs=(page,) if page.uri else ())
         if not ctx.spec(DatabricksRun).has_made(run, ctx.task_execution_metadata):
             told = f"run {run.run_id} has this job's key, but was made from another spec; it is left alone"
             return PhaseInfo.failure("IdempotencyConflict", told, info=info)
-        message = run.error or ": ".join(filter(None, (run.code, run.told)))
+        waits = "" if run.is_over or not run.code else f"{run.code}: "
+        message = run.error or f"{waits}{run.told}"
         for word in run.words:
             if word == "SUCCESS_WITH_FAILURES" and self._connection.partial_success_fails:
                 return PhaseInfo.failure(word, message, info=info)

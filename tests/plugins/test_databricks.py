@@ -333,7 +333,11 @@ async def test_a_saved_job_runs_with_its_parameters_and_gives_each_tasks_output(
     assert sent["job_id"] == JOB_ID
     assert sent["idempotency_token"] == KEY
     run = await ended(plugin, handle)
-    assert judged(plugin, task, run).phase is Phase.SUCCESS
+    info = judged(plugin, task, run)
+    assert info.phase is Phase.SUCCESS
+    (page,) = info.info.logs
+    assert page.name == f"Databricks run {handle.run_id}"
+    assert page.uri.startswith(server.url)
     result = await plugin.outputs(StatusView(task, handle, run))
     assert {key: output.result for key, output in result.outputs.items()} == {
         "load": "42 rows",
