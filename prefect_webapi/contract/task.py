@@ -82,6 +82,8 @@ class TaskExecutionMetadata:
             should keep (a part of) it, so that a job met under our name is known to be ours.
         labels: for tagging the remote job: flow run, task run and job key, and the task's tags.
         attempt: counts from 1.
+        is_repeated: a create with this name may have arrived before, in this process or another; for services that
+            want to be told.
     """
 
     generated_name: str
@@ -96,6 +98,7 @@ class TaskExecutionMetadata:
     environment_variables: Mapping[str, str] = field(default_factory=_no_text)
     security_identity: str = ""
     interruptible: bool = False
+    is_repeated: bool = False
 
     def generated_name_with(self, min_length: int, max_length: int) -> str:
         """The job key, of a length between both (bounds included); see `fit_name`."""

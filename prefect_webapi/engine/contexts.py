@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, SecretStr
@@ -165,6 +165,11 @@ class TaskView:
         if isinstance(spec, model):
             return spec
         return model.model_validate(spec.model_dump(mode="json"))
+
+    def repeated(self) -> TaskView:
+        """The same, for a create that may have been sent before."""
+        told = replace(self.task_execution_metadata, is_repeated=True)
+        return replace(self, task_execution_metadata=told)
 
 
 def task_view(

@@ -199,7 +199,7 @@ async def _create(services: Services, calls: Calls, job: Job, *, unsent: bool) -
         fault_point("KP-06")
         await _be_sure(services, job)
         try:
-            made = await calls.create(loaded, job.view)
+            made = await calls.create(loaded, job.view if unsent else job.view.repeated())
         except RemoteError as error:
             fault_point("KP-08")
             failed += 0 if isinstance(error, Throttled) else 1
