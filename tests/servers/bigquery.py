@@ -378,7 +378,7 @@ class BigQueryServer(Server):
         check(configuration)
         query = configuration.query
         text = query.query if query else ""
-        ran = run(text, values_of(query)) if query else Ran()
+        ran = run(text, values_of(query))[-1] if query else Ran()
         told = configuration.model_dump(exclude_unset=True, by_alias=True)
         told["jobType"] = next(
             k.upper() for k in ("query", "load", "copy", "extract") if told.get(k)

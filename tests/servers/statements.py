@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import sqlite3
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,22 +28,22 @@ class Ran:
     failure: str = ""
 
 
-def run(statement: str, values: Mapping[str, Any] | Sequence[Any] = ()) -> Ran:
-    """Run one. Tables live as long as the call: a script may make its own before its last statement."""
-    *before, last = [each for each in statement.split(";") if each.strip()] or [""]
-    with sqlite3.connect(":memory:") as database:
-        try:
-            for each in before:
-                database.execute(each)
-            done = database.execute(last, values)
-            rows = done.fetchall()
-        except sqlite3.Error as error:
-            return Ran(failure=str(error))
-        finally:
-            database.commit()
-        if done.description is None:
-            return Ran(affected=max(0, done.rowcount))
-        return Ran([column[0] for column in done.description], rows)
+def run(script: str, values: Mapping[str, Any] | Sequence[Any] = ()) -> list[Ran]:
+    """Run the statements of a script, to the first that fails. Tables live as long as the call; the last takes values."""
+    done: list[Ran] = []
+    statements = [each for each in script.split(";") if each.strip()] or [""]
+    with closing(sqlite3.connect(":memory:")) as database:
+        for nth, each in enumerate(statements, start=1):
+            try:
+                cursor = database.execute(each, values if nth == len(statements) else ())
+                rows = cursor.fetchall()
+            except sqlite3.Error as error:
+                return [*done, Ran(failure=str(error))]
+            if cursor.description is None:
+                done.append(Ran(affected=max(0, cursor.rowcount)))
+            else:
+                done.append(Ran([column[0] for column in cursor.description], rows))
+    return done
 
 
 def spans(statement: str) -> tuple[float, float]:
