@@ -16,8 +16,10 @@ create each.
 
 A create that outlasts its process (`Row.is_swept`) has the wish in the ledger: the sweeper's next pass ends its job.
 
-Not in the table: time-outs of submitted tasks, which Prefect can't interrupt in their threads, and SIGTERM to a worker
-itself.
+A process worker that gets SIGTERM ends at once and kills its flow processes, which hear nothing before: mere death.
+`prefect flow-run execute` (a pod's command) tells its flow process to leave: the eviction.
+
+Not in the table: time-outs of submitted tasks, which Prefect can't interrupt in their threads.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from uuid import UUID, uuid4
 import pytest
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
-from prefect.states import Cancelled, Cancelling
+from prefect.states import Cancelled, Cancelling, Scheduled
 from pydantic import HttpUrl, SecretStr
 
 from prefect_webapi import EngineSettings, PluginConfig
@@ -122,6 +124,8 @@ ROWS = [
     Row("SIGKILL", "submitted", True),
     Row("SIGTERM", "awaited", True, program="execute"),
     Row("SIGTERM", "submitted", True, program="execute"),
+    Row("SIGTERM", "awaited", True, program="worker"),
+    Row("SIGTERM", "submitted", True, program="worker"),
 ]
 CHEAP = [
     row for row in ROWS if (row.way, row.form, row.program) == ("SIGTERM", "submitted", "python")
@@ -337,6 +341,17 @@ class Way:
                 cli = self.scripts.write(CLI, "cli.py")
                 return self.scripts.start(cli, "flow-run", "execute", str(self.run), **self.env)
 
+    def run_again(self) -> None:
+        """Execute the flow run once more, to its end."""
+        if self.row.program != "worker":
+            self.start().finish(within=120)
+            return
+        self.client.set_flow_run_state(self.run, Scheduled(), force=True)
+        worker = self.start()
+        eventually_blocking(lambda: self.flow_state() == "Completed", within=120, every=0.5)
+        worker.send(signal.SIGTERM)
+        worker.finish()
+
     def sweep(self) -> None:
         """One pass of the sweeper."""
         self.scripts.start(self.scripts.write(SWEEP, "cli.py"), "sweep", **self.env).finish(
@@ -406,7 +421,7 @@ def take(row: Row, way: Way) -> None:
         eventually_blocking(lambda: "running" in way.reasons(), within=60, every=0.2)
     if not row.wanted or row.way == "return":
         way.service.clear_faults()  # only now can the one be deleted that was to be
-    if row.program == "worker":
+    if row.program == "worker" and row.flow:
         eventually_blocking(lambda: way.flow_state() == row.flow, within=60, every=0.5)
         child.send(signal.SIGTERM)
     if row.way == "return":
@@ -424,7 +439,7 @@ def take(row: Row, way: Way) -> None:
             way.service.clear_faults()
             way.let_jobs_end()
             (way.folder / "again").touch()
-            way.start().finish(within=120)
+            way.run_again()
             made = way.made()
         # One that ended over its time before the process did has failed: a call of the next execution is a new attempt.
         assert made.pop("deleting") in (1, 2)
