@@ -95,6 +95,7 @@ class Signer:
             self._sigv4: Any = import_module("botocore.auth").SigV4Auth
             self._request: Any = import_module("botocore.awsrequest").AWSRequest
             self._session: Any = import_module("botocore.session").Session
+            self._errors: Any = import_module("botocore.exceptions")
             plain: Any = import_module("botocore.credentials").Credentials
         except ImportError as error:
             raise ConfigurationError(
@@ -129,15 +130,23 @@ class Signer:
         return self._credentials is None or getattr(self._credentials, "refresh_needed", bool)()
 
     def _renew(self) -> None:
-        if self._credentials is None:
-            self._credentials = self._session(profile=self._at.profile).get_credentials()
+        try:
+            if self._credentials is None:
+                self._credentials = self._session(profile=self._at.profile).get_credentials()
+            if self._credentials is not None:
+                self._credentials.get_frozen_credentials()
+        except self._errors.ProfileNotFound as error:
+            raise ConfigurationError(f"profile {self._at.profile!r}: {error}") from error
+        except self._errors.BotoCoreError as error:  # the service that gives them is away
+            raise RemoteSystemError(
+                f"no AWS credentials now: {error}", code=type(error).__name__, job_may_exist=False
+            ) from error
         if self._credentials is None:
             raise AuthError(
                 "no AWS credentials were found: give the block an access key or a profile, or run where the "
                 "environment or a role has some",
                 code="NoCredentials",
             )
-        self._credentials.get_frozen_credentials()
 
 
 def error_of(answer: Answer) -> RemoteError | None:
@@ -169,7 +178,7 @@ def _told(answer: Answer) -> tuple[str, str]:
     if isinstance(data, dict):
         fields = cast(dict[str, Any], data)
         kind = fields.get("__type") or answer.headers.get("x-amzn-errortype") or ""
-        code = fields.get("AthenaErrorCode") or str(kind).rpartition("#")[2].partition(":")[0]
+        code = fields.get("AthenaErrorCode") or str(kind).partition(":")[0].rpartition("#")[2]
         message = fields.get("message") or fields.get("Message") or code
         return str(code), str(message)
     found = re.search(r"<Code>(.+?)</Code>\s*<Message>(.*?)</Message>", answer.text, re.DOTALL)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import pytest
 from pydantic import HttpUrl, SecretStr, ValidationError
 
-from prefect_webapi import EngineSettings, Phase, PluginConfig
+from prefect_webapi import AuthError, EngineSettings, Phase, PluginConfig
 from prefect_webapi.engine.contexts import DeleteView, GetView
 from prefect_webapi.engine.request import Outcome as Ended
 from prefect_webapi_aws import StateMachineRun, StepFunctions, step_functions_entry
@@ -215,6 +215,32 @@ class TestStepFunctions(PluginSuite):
             f"arn%3Aaws%3Astates%3A{REGION}%3A123456789012%3Aexecution%3Areport%3Anobody"
         )
         assert info.external_resources[0].external_id == self.unknown_handle().arn
+
+    # --- signatures --------------------------------------------------------------------------
+
+    async def test_moto_takes_our_signature_and_no_other(
+        self, service: StepFunctionsServer, plugin: StepFunctionsPlugin
+    ) -> None:
+        """SigV4 as another implementation checks it: of a key that it gave, over what came over the wire."""
+        key, secret = service.moto.new_key("states:*")
+        at = plugin._connection  # pyright: ignore[reportPrivateUsage] - where the service is
+        with service.moto.checking_signatures():
+            for told, expected in ((secret, None), (f"{secret}x", "SignatureDoesNotMatch")):
+                signs = at.model_copy(
+                    update={
+                        "access_key_id": key,
+                        "secret_access_key": SecretStr(told),
+                        "session_token": None,
+                    }
+                )
+                other = StepFunctionsPlugin(signs)
+                if expected is None:
+                    await other.create(self.view(self.job("never")))
+                else:
+                    with pytest.raises(AuthError) as caught:
+                        await other.create(self.view(self.job("never")))
+                    assert caught.value.code == expected
+                await other.aclose()
 
     # --- what is wrong before any request ----------------------------------------------------
 

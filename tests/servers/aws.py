@@ -6,16 +6,20 @@ What a request may hold is read from botocore's description of the service, whic
 from __future__ import annotations
 
 import asyncio
+import html
 import json
 import re
 import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any, ClassVar, Self
+from urllib.parse import urlencode
 
 import httpx
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -74,6 +78,30 @@ class Moto:
     def control(self, path: str, data: Any = None) -> None:
         content = data if isinstance(data, str) else json.dumps(data)
         self._client.post(f"{self.url}/moto-api/{path}", content=content).raise_for_status()
+
+    def new_key(self, action: str) -> tuple[str, str]:
+        """An access key and its secret, of a user who may do this."""
+        policy = {"Effect": "Allow", "Action": action, "Resource": "*"}
+        document = json.dumps({"Version": "2012-10-17", "Statement": [policy]})
+        user = {"UserName": f"user-{uuid.uuid4()}"}
+        self._iam("CreateUser", **user)
+        self._iam("PutUserPolicy", **user, PolicyName="any", PolicyDocument=document)
+        told = self._iam("CreateAccessKey", **user)
+        found = re.search(r"<AccessKeyId>(.+?)<.+<SecretAccessKey>(.+?)<", told, re.DOTALL)
+        assert found is not None, told
+        return found[1], html.unescape(found[2])
+
+    def _iam(self, action: str, **fields: str) -> str:
+        form = urlencode({"Action": action, "Version": "2010-05-08", **fields}).encode()
+        return self.ask("iam", {"Content-Type": "application/x-www-form-urlencoded"}, form).text
+
+    @contextmanager
+    def checking_signatures(self) -> Generator[None]:
+        self.control("reset-auth", "0")
+        try:
+            yield
+        finally:
+            self.control("reset-auth", "inf")
 
     def send(self, headers: Mapping[str, str], body: bytes) -> Reply:
         """A request as it is."""
