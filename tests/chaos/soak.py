@@ -126,7 +126,8 @@ def run(soak: Soak, server: EmbeddedJobServer, prefect: PrefectServer, folder: P
                 stdout=told,
                 stderr=told,
             )
-        more = dice.randint(0, int(SHARE_BEFORE_KILLS * 2 * soak.jobs / soak.kills))
+        share = min(2 * SHARE_BEFORE_KILLS / soak.kills, SHARE_BEFORE_KILLS) if soak.kills else 0
+        more = dice.randint(0, int(share * soak.jobs))
         if kills < soak.kills and _lives(process, server, seen, more, dice.uniform(0.0, 1.0)):
             process.send_signal(signal.SIGKILL)
             process.wait()

@@ -22,7 +22,7 @@ def test_kills_at_random_moments_cost_nothing(
     kills: int,
 ) -> None:
     """CASE-199, CASE-200 in small: each job once, each result, nothing alive, no place taken, the quota kept."""
-    soak = Soak(jobs=12, kills=kills, seed=1, mood=mood, seconds=2.0, quota=4)
+    soak = Soak(jobs=8, kills=kills, seed=1, mood=mood, seconds=2.0, quota=4)
     verdict = run(soak, job_server, prefect_server, tmp_path)
     assert verdict.kills == kills
     assert verdict.is_good, verdict
