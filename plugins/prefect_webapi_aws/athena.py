@@ -27,7 +27,6 @@ from prefect_webapi import (
     AsyncPlugin,
     CreateResult,
     DeleteContext,
-    ExternalResource,
     GetContext,
     JobSpec,
     NotFound,
@@ -218,10 +217,7 @@ class AthenaPlugin(AsyncPlugin[QueryHandle, Query]):
     def status(self, ctx: StatusContext[QueryHandle, Query]) -> PhaseInfo:
         query, name = ctx.resource, ctx.resource_meta.id
         page = self._connection.console(f"athena#/query-editor/history/{name}")
-        info = TaskInfo(
-            logs=(TaskLog(name="Query", uri=page),),
-            external_resources=(ExternalResource(external_id=name),),
-        )
+        info = TaskInfo(logs=(TaskLog(name=f"Query {name}", uri=page),))
         match query.state:
             case "QUEUED":
                 return PhaseInfo.queued(query.reason, info=info)

@@ -90,35 +90,20 @@ class Signer:
     """Signature version 4, with credentials that botocore finds, caches and renews."""
 
     def __init__(self, at: AwsConnection, service: str) -> None:
-        try:
-            # By name: botocore has no types.
-            self._sigv4: Any = import_module("botocore.auth").SigV4Auth
-            self._request: Any = import_module("botocore.awsrequest").AWSRequest
-            self._session: Any = import_module("botocore.session").Session
-            self._errors: Any = import_module("botocore.exceptions")
-            plain: Any = import_module("botocore.credentials").Credentials
-        except ImportError as error:
-            raise ConfigurationError(
-                'AWS requests are signed by botocore: pip install "prefect-webapi[aws]"'
-            ) from error
         self._at, self._service = at, service
         self._turn = asyncio.Lock()
         self._credentials: Any = None
-        if at.secret_access_key is not None:
-            token = at.session_token and at.session_token.get_secret_value()
-            self._credentials = plain(
-                at.access_key_id, at.secret_access_key.get_secret_value(), token
-            )
 
     async def __call__(self, request: Outgoing, /) -> Mapping[str, str | SecretStr]:
         if self._must_wait():
             async with self._turn:
-                await asyncio.to_thread(self._renew)  # it reads files and asks services
-        signed = self._request(
+                # It imports botocore, reads files and asks services.
+                await asyncio.to_thread(self._renew)
+        signed = _botocore("awsrequest").AWSRequest(
             request.method, request.url, data=request.body, headers=dict(request.headers)
         )
         frozen = self._credentials.get_frozen_credentials()
-        self._sigv4(frozen, self._service, self._at.region).add_auth(signed)
+        _botocore("auth").SigV4Auth(frozen, self._service, self._at.region).add_auth(signed)
         return {
             name: SecretStr(value)
             for name, value in signed.headers.items()
@@ -130,23 +115,42 @@ class Signer:
         return self._credentials is None or getattr(self._credentials, "refresh_needed", bool)()
 
     def _renew(self) -> None:
+        errors = _botocore("exceptions")
         try:
             if self._credentials is None:
-                self._credentials = self._session(profile=self._at.profile).get_credentials()
-            if self._credentials is not None:
-                self._credentials.get_frozen_credentials()
-        except self._errors.ProfileNotFound as error:
+                self._credentials = self._found()
+            self._credentials.get_frozen_credentials()
+        except errors.ProfileNotFound as error:
             raise ConfigurationError(f"profile {self._at.profile!r}: {error}") from error
-        except self._errors.BotoCoreError as error:  # the service that gives them is away
+        except errors.BotoCoreError as error:  # the service that gives them is away
             raise RemoteSystemError(
                 f"no AWS credentials now: {error}", code=type(error).__name__, job_may_exist=False
             ) from error
-        if self._credentials is None:
+
+    def _found(self) -> Any:
+        at = self._at
+        if at.secret_access_key is not None:
+            token = at.session_token and at.session_token.get_secret_value()
+            secret = at.secret_access_key.get_secret_value()
+            return _botocore("credentials").Credentials(at.access_key_id, secret, token)
+        found = _botocore("session").Session(profile=at.profile).get_credentials()
+        if found is None:
             raise AuthError(
                 "no AWS credentials were found: give the block an access key or a profile, or run where the "
                 "environment or a role has some",
                 code="NoCredentials",
             )
+        return found
+
+
+def _botocore(module: str) -> Any:
+    """By name: it has no types, and is imported when it is used."""
+    try:
+        return import_module(f"botocore.{module}")
+    except ImportError as error:
+        raise ConfigurationError(
+            'AWS requests are signed by botocore: pip install "prefect-webapi[aws]"'
+        ) from error
 
 
 def error_of(answer: Answer) -> RemoteError | None:

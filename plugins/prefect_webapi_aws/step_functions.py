@@ -15,7 +15,6 @@ from prefect_webapi import (
     BadTaskSpecification,
     CreateResult,
     DeleteContext,
-    ExternalResource,
     GetContext,
     JobSpec,
     NotFound,
@@ -181,10 +180,7 @@ class StepFunctionsPlugin(AsyncPlugin[ExecutionHandle, Execution]):
     def status(self, ctx: StatusContext[ExecutionHandle, Execution]) -> PhaseInfo:
         run, arn = ctx.resource, ctx.resource_meta.arn
         page = self._connection.console(f"states#/v2/executions/details/{quote(arn, safe='')}")
-        info = TaskInfo(
-            logs=(TaskLog(name="Execution", uri=page),),
-            external_resources=(ExternalResource(external_id=arn),),
-        )
+        info = TaskInfo(logs=(TaskLog(name=f"Execution {arn}", uri=page),))
         error, cause = run.error or "ExecutionFailed", run.cause or run.error or ""
         match run.status:
             case "RUNNING" | "PENDING_REDRIVE":

@@ -242,7 +242,7 @@ class TestAthena(PluginSuite):
         assert info.logs[0].uri == (
             f"https://{REGION}.console.aws.amazon.com/athena/home?region={REGION}#/query-editor/history/{name}"
         )
-        assert info.external_resources[0].external_id == name
+        assert info.logs[0].name == f"Query {name}"
 
     # --- results -----------------------------------------------------------------------------
 

@@ -215,14 +215,14 @@ async def test_a_profile_that_does_not_exist_is_named(no_credentials: Path) -> N
         await signed(Signer(at, "states"))
 
 
-def test_without_botocore_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_without_botocore_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """And the module that uses it is imported all the same."""
     monkeypatch.setitem(sys.modules, "botocore", None)
     for name in [name for name in sys.modules if name.startswith("botocore.")]:
         monkeypatch.delitem(sys.modules, name)
     fresh = runpy.run_path(str(sigv4.__file__))
     with pytest.raises(ConfigurationError, match=r'pip install "prefect-webapi\[aws\]"'):
-        fresh["Signer"](StepFunctions(region="us-east-1"), "states")
+        await fresh["Signer"](StepFunctions(region="us-east-1"), "states")(REQUEST)
 
 
 # --- errors ----------------------------------------------------------------------------------
