@@ -21,6 +21,7 @@ from pydantic import (
     StrictStr,
     field_validator,
 )
+from pydantic_core import to_json
 
 from prefect_webapi import (
     AlreadyExists,
@@ -255,7 +256,7 @@ class AthenaPlugin(AsyncPlugin[QueryHandle, Query]):
                 # DESCRIBE names several columns and gives one text.
                 kinds = chain((column.type for column in columns), repeat("varchar"))
                 values = [_value(text, kind) for text, kind in zip(row, kinds, strict=False)]
-                size += len(json.dumps(values))
+                size += len(to_json(values))
                 if 0 <= limit < size:
                     raise RemoteUserError(
                         f"the result is larger than max_dataset_size_bytes, which is {limit}. Return less, or use "

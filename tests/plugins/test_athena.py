@@ -303,6 +303,15 @@ class TestAthena(PluginSuite):
         assert 'result="location"' in outcome.info.err.message
         assert len(service.times("outputs")) == 1
 
+    async def test_a_result_that_just_fits_comes(
+        self, service: AthenaServer, tmp_path: Path
+    ) -> None:
+        """CASE-235: counted as it is kept, in bytes of UTF-8."""
+        query = sql(columns=[["n", "varchar"]], rows=[["ü" * 1000]])
+        with self.host(tmp_path, service, maxDatasetSizeBytes=2300) as host:
+            outcome = await self.outcome(host, AthenaQuery(query=query))
+        assert outcome.info.phase is Phase.SUCCESS
+
     async def test_who_wants_only_the_location_reads_no_rows(
         self, service: AthenaServer, tmp_path: Path
     ) -> None:
