@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
+from runpy import run_path
 from typing import Any
 
 import pytest
@@ -21,6 +21,7 @@ from pydantic import HttpUrl, SecretStr, ValidationError
 from prefect_webapi import (
     Answer,
     AuthError,
+    ConfigurationError,
     EngineSettings,
     Phase,
     PluginConfig,
@@ -30,7 +31,7 @@ from prefect_webapi import (
     Throttled,
 )
 from prefect_webapi.engine.contexts import DeleteView, GetView
-from prefect_webapi_gcp import BigQuery, BigQueryJob, BigQueryResult, entry
+from prefect_webapi_gcp import BigQuery, BigQueryJob, BigQueryResult, auth, bigquery, entry
 from prefect_webapi_gcp.auth import GoogleToken
 from prefect_webapi_gcp.bigquery import (
     SYSTEM_REASONS,
@@ -492,7 +493,10 @@ def test_a_key_file_that_is_none_is_refused_and_not_shown(text: str) -> None:
     assert text not in str(caught.value)
 
 
-def test_the_package_needs_no_library_of_google_until_it_is_used() -> None:
-    code = "import sys, prefect_webapi_gcp; print([m for m in sys.modules if m.startswith('google.auth')])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+async def test_googles_library_is_asked_for_by_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The modules load without it."""
+    monkeypatch.setitem(sys.modules, "google.auth", None)
+    for module in (auth, bigquery):
+        run_path(str(module.__file__))
+    with pytest.raises(ConfigurationError, match=r"prefect-webapi\[gcp\]"):
+        await GoogleToken(None)()
