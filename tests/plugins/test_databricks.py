@@ -422,6 +422,18 @@ async def test_a_failure_names_the_task_and_what_it_said(
     assert "Task bad failed with message" in error.message
 
 
+async def test_the_last_attempt_at_a_task_is_the_one_that_counts(
+    server: DatabricksServer, plugin: DatabricksPlugin
+) -> None:
+    """Databricks lists the attempts of a task that it repeats side by side."""
+    attempts = [{"run_id": n, "task_key": "main", "attempt_number": n - 5} for n in (6, 5)]
+    run = Run.model_validate({"run_id": 4, "tasks": attempts, "status": {"state": "TERMINATED"}})
+    server.spoil(Fault("outputs", Reply(200, {"notebook_output": {"result": "at last"}})))
+    task = task_of(SubmitRun(tasks=[notebook()]))
+    result = await plugin.outputs(StatusView(task, RunHandle(run_id="4"), run))
+    assert result.outputs["main"].run_id == "6"
+
+
 def test_a_run_that_waits_says_for_what(plugin: DatabricksPlugin) -> None:
     details = {"code": "MAX_CONCURRENT_RUNS_REACHED", "message": "One at a time."}
     status = {"state": "QUEUED", "queue_details": details}
@@ -523,6 +535,11 @@ async def test_a_batch_is_one_request_and_leaves_out_what_has_ended(
     assert [run and str(run.run_id) for run in found] == [c.run_id, None, a.run_id]
     (asked,) = server.calls("get_many")
     assert asked.query == "active_only=true&limit=24"
+    just_ended = {"run_id": int(a.run_id), "status": {"state": "TERMINATED"}}
+    server.spoil(Fault("get_many", Reply(200, {"runs": [just_ended]})))
+    assert await plugin.get_many([GetView(a), GetView(c)]) == [None, None]
+    server.reset()
+    assert await plugin.get_many([GetView(a), GetView(c)]) == [None, None]
 
 
 async def test_a_cancel_that_is_refused_is_done_only_if_the_run_is_over(
