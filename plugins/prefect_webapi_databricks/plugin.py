@@ -1,6 +1,7 @@
 """Databricks Jobs API 2.2: `run-now` and `runs/submit` with an idempotency token; `runs/get`, `list` and `cancel`."""
 
 import asyncio
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -157,13 +158,24 @@ class DatabricksPlugin(AsyncPlugin[RunHandle, Run]):
             for task in await self._tasks(run)
             if wanted is None or task.task_key in wanted
         }
-        turn = asyncio.Semaphore(AT_ONCE)
+        limit = ctx.max_dataset_size_bytes
+        turn, left = asyncio.Semaphore(AT_ONCE), math.inf if limit < 0 else limit
 
         async def output(task: TaskRun) -> TaskOutput:
+            nonlocal left
             async with turn:
-                return await self._output(task)
+                if left < 0:  # it is too large already, and will be refused
+                    return TaskOutput(run_id=str(task.run_id))
+                found = await self._output(task)
+                left -= len(found.model_dump_json())
+                return found
 
-        found = dict(zip(tasks, await asyncio.gather(*map(output, tasks.values())), strict=True))
+        found: dict[str, TaskOutput] = {}
+        calls = await asyncio.gather(*map(output, tasks.values()), return_exceptions=True)
+        for key, outcome in zip(tasks, calls, strict=True):
+            if isinstance(outcome, BaseException):
+                raise outcome
+            found[key] = outcome
         return RunResult(run_id=str(run.run_id), url=run.run_page_url, outputs=found)
 
     async def aclose(self) -> None:

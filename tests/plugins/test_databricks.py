@@ -375,6 +375,35 @@ async def test_the_outputs_of_more_tasks_than_an_answer_holds_are_found(
     assert len(server.calls("outputs")) == 2
 
 
+async def test_no_more_outputs_are_fetched_than_are_wanted(
+    server: DatabricksServer, plugin: DatabricksPlugin
+) -> None:
+    """CASE-235: counted while they come; what is there is too large already, which the engine refuses."""
+    tasks = [notebook(f"task_{nth}", exit="x" * 500) for nth in range(40)]
+    task = replace(task_of(SubmitRun(tasks=tasks)), max_dataset_size_bytes=1000)
+    handle = await plugin.create(task)
+    result = await plugin.outputs(StatusView(task, handle, await ended(plugin, handle)))
+    assert len(server.calls("outputs")) < 20
+    assert len(result.model_dump_json()) > 1000
+
+
+async def test_outputs_that_are_throttled_are_fetched_again(
+    server: DatabricksServer, tmp_path: Path
+) -> None:
+    """The run itself is not repeated."""
+    server.spoil(Fault("outputs", Reply(429, {"error_code": "RESOURCE_EXHAUSTED"}), skip=3))
+    block = workspace(server, settings=EngineSettings.load(QUICK))
+    spec = SubmitRun(tasks=[notebook(f"task_{nth}", exit=str(nth)) for nth in range(10)])
+    with engine(tmp_path, [entry], {"default": block}) as host:
+        async with asyncio.timeout(WITHIN):
+            outcome = await host.admit(request(spec, task_type="databricks")).outcome()
+    assert outcome.info.phase is Phase.SUCCESS, outcome.info
+    assert {k: v.result for k, v in outcome.value.outputs.items()} == {
+        f"task_{nth}": str(nth) for nth in range(10)
+    }
+    assert server.made() == 1
+
+
 async def test_a_task_without_output_does_not_spoil_the_others(
     server: DatabricksServer, plugin: DatabricksPlugin
 ) -> None:
