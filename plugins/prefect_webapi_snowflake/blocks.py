@@ -23,8 +23,8 @@ class Snowflake(Block):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    _block_type_name = "Snowflake SQL API"
-    _block_type_slug = "snowflake-sql-api"
+    _block_type_name = "Snowflake"
+    _block_type_slug = "snowflake"
     _logo_url = HttpUrl(f"{_REPOSITORY}/raw/main/docs/img/snowflake.png")
     _documentation_url = HttpUrl(f"{_REPOSITORY}/blob/main/docs/plugins/snowflake.md")
 

@@ -151,7 +151,7 @@ class StatementView(_Answer):
     created_on: int | None = None
     statement_handles: Sequence[str] = ()
     result_set_meta_data: ResultShape = ResultShape()
-    data: Sequence[Sequence[str | None]] = ()
+    data: Sequence[Sequence[str | None]] | None = None
     stats: Mapping[str, int] = Field(default_factory=dict[str, int])
 
     @property

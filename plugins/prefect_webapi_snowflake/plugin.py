@@ -184,7 +184,7 @@ class SnowflakePlugin(AsyncPlugin[StatementHandle, StatementView]):
     async def _result(self, told: StatementView, budget: _Budget) -> StatementResult:
         """With all partitions; the first came with the statement's end."""
         shape, handle = told.result_set_meta_data, told.statement_handle
-        rows = budget.spend(records(shape.row_type, told.data))
+        rows = budget.spend(records(shape.row_type, told.data or ()))
         first = 0 if told.code == TOO_LARGE else 1
         for nth in range(first, len(shape.partition_info)):
             more = await self._api.get(path(*STATEMENTS, handle), params={"partition": nth})

@@ -42,7 +42,7 @@ from prefect_webapi_gcp.bigquery import (
 )
 from prefect_webapi_gcp.models import JobHandle, JobView
 from prefect_webapi_gcp.rows import record
-from tests.plugins.suite import CANARY, Outcome, PluginSuite
+from tests.plugins.suite import CANARY, WITHIN, Outcome, PluginSuite
 from tests.servers.base import Fault, Reply
 from tests.servers.bigquery import BigQueryServer
 from tests.support.engine import Told
@@ -157,19 +157,24 @@ class TestBigQuery(PluginSuite):
         assert 404 in [seen.status for seen in service.calls("get")]
         assert all(f"location={REGION}" in seen.query for seen in service.calls("get"))
 
-    async def test_a_job_of_another_spec_under_our_id_is_left_alone(
+    async def test_the_label_tells_whether_a_job_under_a_key_of_the_users_is_ours(
         self, service: BigQueryServer, tmp_path: Path
     ) -> None:
-        """CASE-056."""
-        first, second = "SELECT 1 /* running 600 */", "SELECT 2"
+        """CASE-056, CASE-061: without a common ledger only BigQuery knows."""
+        first = BigQueryJob(query="SELECT 1 /* running 600 */")
         with self.host(tmp_path / "one", service) as host:
-            self.asked(host, BigQueryJob(query=first), idempotency_key="mine")
-            await eventually(lambda: service.made() == 1, within=20)
+            self.asked(host, first, idempotency_key="mine")
+            await eventually(lambda: service.made() == 1, within=WITHIN)
         with self.host(tmp_path / "two", service) as host:
-            outcome = await self.outcome(host, BigQueryJob(query=second), idempotency_key="mine")
+            other = BigQueryJob(query="SELECT 2")
+            outcome = await self.outcome(host, other, idempotency_key="mine")
         assert outcome.info.err is not None
         assert outcome.info.err.code == "IdempotencyConflict"
         assert (service.made(), service.live(), service.calls("delete")) == (1, 1, [])
+        with self.host(tmp_path / "three", service) as host:
+            self.asked(host, first, idempotency_key="mine", reporter=(told := Told()))
+            await eventually(lambda: "RUNNING" in told.names, within=WITHIN)
+        assert service.made() == 1
 
     async def test_the_location_is_the_jobs_own_in_every_call(
         self, service: BigQueryServer, tmp_path: Path

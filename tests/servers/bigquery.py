@@ -33,9 +33,17 @@ EMAIL = "runner@local-project.iam.gserviceaccount.com"
 MULTI_REGIONS = ("US", "EU")
 REGIONS = ("us-east4", "europe-west3", "asia-northeast1")
 COMMON = {"fields", "alt", "prettyPrint", "key", "quotaUser"}
-JOB_PARTS = {
-    *("kind", "etag", "id", "selfLink", "user_email"),
-    *("configuration", "jobReference", "statistics", "status"),
+PARTS = {  # of each resource, what `fields` may select
+    "bigquery#job": {
+        *("kind", "etag", "id", "selfLink", "user_email", "state", "errorResult"),
+        *("configuration", "jobReference", "statistics", "status"),
+    },
+    "bigquery#jobList": {"kind", "etag", "jobs", "nextPageToken", "unreachable"},
+    "bigquery#jobCancelResponse": {"kind", "job"},
+    "bigquery#getQueryResultsResponse": {
+        *("kind", "etag", "schema", "jobReference", "totalRows", "pageToken", "rows", "errors"),
+        *("totalBytesProcessed", "jobComplete", "cacheHit", "numDmlAffectedRows"),
+    },
 }
 DYING_SECONDS = 0.1
 READS: dict[str, Callable[[str], Any]] = {
@@ -431,7 +439,9 @@ class BigQueryServer(Server):
         return answer
 
     async def _get(self, request: Request) -> dict[str, Any]:
-        allow(request, "location")
+        allow(
+            request, "location", "projection"
+        )  # Google's client sends the latter, which no document tells
         return self._job(request).resource()
 
     async def _cancel(self, request: Request) -> dict[str, Any]:
@@ -592,8 +602,8 @@ def selected(answer: dict[str, Any], fields: str | None) -> dict[str, Any]:
     tree, rest = parsed(fields)
     if rest:
         raise Refused(400, "invalidParameter", f"Invalid field selection {fields}")
-    wanted = tree.get("jobs", tree)
-    if "jobReference" in wanted and not wanted.keys() <= JOB_PARTS:
+    known, listed = PARTS[answer["kind"]], tree.get("jobs", {})
+    if not (tree.keys() <= known and listed.keys() <= PARTS["bigquery#job"]):
         raise Refused(400, "invalidParameter", f"Invalid field selection {fields}")
     return pruned(answer, tree)
 
