@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -25,6 +26,7 @@ from prefect_webapi import (
     Phase,
     PhaseInfo,
     PluginConfig,
+    RemoteClient,
     RemoteError,
     RemoteSystemError,
     RemoteUserError,
@@ -710,3 +712,59 @@ def test_a_spec_that_was_kept_is_read_as_what_it_was(spec: DatabricksRun) -> Non
     again = entry.spec.model_validate_json(spec.model_dump_json())
     assert again == spec
     assert DatabricksRun.model_validate({}).quota == "default"
+
+
+# --- the server that all of this rests on ----------------------------------------------------
+
+
+SUBMIT, RUN_NOW = "/api/2.2/jobs/runs/submit", "/api/2.2/jobs/run-now"
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    (SUBMIT, {"tasks": [notebook()], "runname": "x"}, "MALFORMED_REQUEST"),
+    (SUBMIT, {"tasks": [notebook()], "timeout_seconds": "60"}, "MALFORMED_REQUEST"),
+    (SUBMIT, {"tasks": [{"task_key": "main"}]}, "INVALID_PARAMETER_VALUE"),
+    (SUBMIT, {"tasks": [notebook(), notebook()]}, "INVALID_PARAMETER_VALUE"),
+    (SUBMIT, {"tasks": [notebook()], "idempotency_token": "x" * 65}, "INVALID_PARAMETER_VALUE"),
+    (RUN_NOW, {"job_id": str(JOB_ID)}, "MALFORMED_REQUEST"),
+    (RUN_NOW, {"job_id": JOB_ID, "job_parameters": {"n": 1}}, "MALFORMED_REQUEST"),
+    ("/api/2.2/jobs/runs/cancel", {"run_id": "7"}, "MALFORMED_REQUEST"),
+    ("/api/2.2/jobs/runs/cancel", {"run_id": 7}, "INVALID_PARAMETER_VALUE"),
+    ("/api/2.1/jobs/run-now", {"job_id": JOB_ID}, "ENDPOINT_NOT_FOUND"),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "code"), REFUSED)
+async def test_the_server_refuses_what_databricks_refuses(
+    server: DatabricksServer, path: str, body: dict[str, Any], code: str
+) -> None:
+    async with aclosing(RemoteClient(server.url, token=SecretStr(TOKEN))) as api:
+        refused = await api.request("POST", path, json=body)
+    assert refused.status in (400, 404)
+    assert refused.json()["error_code"] == code
+    assert server.made() == 0
+
+
+@pytest.mark.parametrize(("token", "status"), [(None, 401), (SecretStr("dapi-stolen"), 403)])
+async def test_the_server_knows_who_asks(
+    server: DatabricksServer, token: SecretStr | None, status: int
+) -> None:
+    async with aclosing(RemoteClient(server.url, token=token)) as api:
+        refused = await api.request("POST", SUBMIT, json={"tasks": [notebook()]})
+    assert (refused.status, server.made()) == (status, 0)
+
+
+async def test_the_server_keeps_tokens_and_knows_what_it_has_no_answer_for(
+    server: DatabricksServer,
+) -> None:
+    body = {"tasks": [notebook(seconds="600")], "idempotency_token": KEY}
+    async with aclosing(RemoteClient(server.url, token=SecretStr(TOKEN))) as api:
+        form = await api.request("POST", SUBMIT, form={"tasks": "[]"})
+        assert form.json()["error_code"] == "MALFORMED_REQUEST"
+        made = [await api.post(SUBMIT, json=body) for _ in range(2)]
+        assert made[0] == made[1]
+        runs = "/api/2.2/jobs/runs"
+        for path in (f"{runs}/get-output?run_id={made[0]['run_id']}", f"{runs}/list?limit=25"):
+            assert (await api.request("GET", path)).status == 400
+        server.forget()
+        deleted = await api.request("POST", SUBMIT, json=body)
+        assert "deleted" in deleted.json()["message"]
+    assert server.made() == 1

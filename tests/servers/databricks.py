@@ -250,7 +250,7 @@ class DatabricksServer(Server):
                 Route(f"{API}/runs/cancel", self._answers(self._cancel), methods=post),
                 Route(f"{API}/runs/get-output", self._answers(self._get_output), methods=get),
                 Route("/oidc/v1/token", self._issue, methods=post),
-                Route("/{rest:path}", self._nowhere),
+                Route("/{rest:path}", self._nowhere, methods=["GET", "POST", "PUT", "DELETE"]),
             ]
         )
 
