@@ -28,7 +28,7 @@ from pydantic.alias_generators import to_camel
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from prefect_webapi import GoDuration, Guarantee, JobSpec, OptionalMethod, read_mapping
-from prefect_webapi.template import STORAGE, names_in
+from prefect_webapi.template import STORAGE, as_text, names_in
 
 KEY = "{{ .perRetryUniqueKey }}"
 OF_JOB = ("inputs", "perRetryUniqueKey", "fingerprint", "labels")
@@ -276,6 +276,9 @@ class Condition(_Part):
 
     pointer: Pointer
     equals: Any
+
+    def holds(self, value: Any) -> bool:
+        return as_text(value) == as_text(self.equals)  # 0 is not false
 
 
 class Status(_Part):

@@ -12,6 +12,7 @@ from urllib.parse import unquote, urljoin
 
 from jsonpointer import resolve_pointer
 from pydantic import TypeAdapter, ValidationError
+from pydantic.alias_generators import to_snake
 from pydantic_core import to_json
 
 from prefect_webapi import (
@@ -21,9 +22,11 @@ from prefect_webapi import (
     AuthError,
     CreateResult,
     DeleteContext,
+    ExecutionError,
     ExternalResource,
     GetContext,
     NotFound,
+    Phase,
     PhaseInfo,
     PluginConfig,
     RemoteClient,
@@ -70,22 +73,6 @@ from prefect_webapi_http.models import (
 
 Values = Mapping[str, Any]
 
-PHASES = {
-    "undefined": PhaseInfo.undefined,
-    "notReady": PhaseInfo.not_ready,
-    "waitingForResources": PhaseInfo.waiting_for_resources,
-    "queued": PhaseInfo.queued,
-    "initializing": PhaseInfo.initializing,
-    "running": PhaseInfo.running,
-    "success": PhaseInfo.success,
-    "aborted": PhaseInfo.aborted,
-}
-FAILURES = {
-    ("retryableFailure", "user"): PhaseInfo.retryable_failure,
-    ("retryableFailure", "system"): PhaseInfo.system_retryable_failure,
-    ("permanentFailure", "user"): PhaseInfo.failure,
-    ("permanentFailure", "system"): PhaseInfo.system_failure,
-}
 ERRORS: dict[str, type[RemoteError]] = {
     "system": RemoteSystemError,
     "user": RemoteUserError,
@@ -193,20 +180,24 @@ class HttpJobPlugin(AsyncPlugin[JobHandle, Any]):
         job, told = ctx.resource, self._api.status
         word = as_text(at(job, told.pointer))
         meaning = told.map.get(word, Meaning(phase=told.default))
-        if (
-            meaning.phase == "success"
-            and told.success
-            and at(job, told.success.pointer) != told.success.equals
-        ):
-            meaning = Meaning(phase="retryableFailure", code="JobFailed")
+        phase, code = Phase[to_snake(meaning.phase).upper()], meaning.code or word
+        wanted = told.success
+        if phase is Phase.SUCCESS and wanted and not wanted.holds(at(job, wanted.pointer)):
+            phase, code = Phase.RETRYABLE_FAILURE, "JobFailed"
         message = at(job, told.message)
-        reason = f"the state is {word}" if message in (None, "") else as_text(message)
+        reason = "" if message is None else as_text(message)
+        if not reason and (phase.is_failure or phase is Phase.UNDEFINED):
+            reason = f"the state is {word}"
         outputs = self._api.outputs
-        if meaning.phase == "success" and outputs and not outputs.request:
+        if phase is Phase.SUCCESS and outputs and not outputs.request:
             ctx.output_writer.put(at(job, outputs.pointer))
-        if failure := FAILURES.get((meaning.phase, meaning.kind)):
-            return failure(meaning.code or word, reason, info=self._info(ctx))
-        return PHASES[meaning.phase](reason, info=self._info(ctx))
+        error = ExecutionError(code=code, message=reason, kind=meaning.kind)
+        return PhaseInfo(
+            phase=phase,
+            reason=reason,
+            err=error if phase.is_failure else None,
+            info=self._info(ctx, phase),
+        )
 
     async def outputs(self, ctx: StatusContext[JobHandle, Any]) -> Any:
         outputs = self._api.outputs
@@ -309,7 +300,7 @@ class HttpJobPlugin(AsyncPlugin[JobHandle, Any]):
         kept = None if self._api.fingerprint is None else at(job, self._api.fingerprint)
         return kept if isinstance(kept, str) and kept else None
 
-    def _info(self, ctx: StatusContext[JobHandle, Any]) -> TaskInfo:
+    def _info(self, ctx: StatusContext[JobHandle, Any], phase: Phase) -> TaskInfo:
         told, job, fields = self._api.status, ctx.resource, ctx.resource_meta.fields
         values = {**_values(ctx), "handle": fields}
         links = {
@@ -317,13 +308,12 @@ class HttpJobPlugin(AsyncPlugin[JobHandle, Any]):
             for name, link in told.links.items()
         }
         progress = at(job, told.progress)
+        name = ", ".join(map(str, fields.values()))
         return TaskInfo(
             logs=tuple(TaskLog(name=name, uri=as_text(uri)) for name, uri in links.items() if uri),
             occurred_at=_instant(at(job, told.occurred_at)),
             custom_info={} if progress is None else {"progress": progress},
-            external_resources=(
-                ExternalResource(external_id=", ".join(map(str, fields.values()))),
-            ),
+            external_resources=(ExternalResource(external_id=name, phase=phase),),
         )
 
 
