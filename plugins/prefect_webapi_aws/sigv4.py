@@ -7,6 +7,7 @@ import json
 import logging
 import re
 from collections.abc import Mapping
+from datetime import timedelta
 from importlib import import_module
 from typing import Any, cast
 
@@ -54,14 +55,25 @@ class AwsJson:
     """A client of one service.
 
     Args:
-        service: its name in addresses and signatures.
+        service: its name in signatures, and in addresses unless `host` is another.
         target: what stands before the operation in `X-Amz-Target`.
         version: of the protocol.
+        longest: wait for an answer.
     """
 
-    def __init__(self, at: AwsConnection, service: str, target: str, version: str) -> None:
+    def __init__(
+        self,
+        at: AwsConnection,
+        service: str,
+        target: str,
+        version: str,
+        *,
+        host: str | None = None,
+        longest: timedelta = timedelta(minutes=1),
+    ) -> None:
         self._client = RemoteClient(
-            at.address(service),
+            at.address(host or service),
+            request_timeout=longest,
             auth=Signer(at, service),
             judge=lambda answer, _method: error_of(answer),
             allow_insecure=at.settings.allow_insecure,

@@ -1,9 +1,10 @@
-"""AWS Step Functions: one execution of a STANDARD state machine per job; its name is the job key."""
+"""AWS Step Functions: one execution per job, named after the job key; EXPRESS ones are calls that answer at the end."""
 
 from __future__ import annotations
 
 import json
 import re
+from datetime import timedelta
 from typing import Any
 from urllib.parse import quote
 
@@ -15,13 +16,17 @@ from prefect_webapi import (
     BadTaskSpecification,
     CreateResult,
     DeleteContext,
+    ExternalResource,
     GetContext,
     JobSpec,
     NotFound,
+    OutputWriter,
     PhaseInfo,
     PluginConfig,
     RemoteUserError,
     StatusContext,
+    SyncPlugin,
+    TaskExecutionContext,
     TaskExecutionContextReader,
     TaskInfo,
     TaskLog,
@@ -31,6 +36,8 @@ from prefect_webapi_aws.sigv4 import AwsJson
 
 INPUT_BYTES = 262_144
 CAUSE_CHARACTERS = 32_768
+EXPRESS_RUNS = timedelta(minutes=5)
+"""The longest that an EXPRESS state machine may run."""
 HOPELESS = frozenset(["States.Permissions", "States.DataLimitExceeded", "States.Runtime"])
 """Errors that the same input brings again."""
 SOMEBODY_ELSES = "0" * 64
@@ -41,7 +48,7 @@ _MACHINE = re.compile(
 
 
 class StateMachineRun(JobSpec[Any]):
-    """One execution of a STANDARD state machine; the task returns its output.
+    """One execution of a state machine; the task returns its output.
 
     Attributes:
         state_machine_arn: may end with a version or an alias.
@@ -129,11 +136,7 @@ class StepFunctionsPlugin(AsyncPlugin[ExecutionHandle, Execution]):
         self, ctx: TaskExecutionContextReader
     ) -> CreateResult[ExecutionHandle, Execution]:
         run = ctx.spec(StateMachineRun)
-        if run.region != self._connection.region:
-            raise BadTaskSpecification(
-                f"state_machine_arn is in {run.region}, the connection is for {self._connection.region}: use the "
-                "connection of that region"
-            )
+        _check_region(run, self._connection)
         try:
             made = await self._api.call(
                 "StartExecution",
@@ -149,7 +152,7 @@ class StepFunctionsPlugin(AsyncPlugin[ExecutionHandle, Execution]):
         if ":express:" in arn:
             raise RemoteUserError(
                 f"{run.state_machine_arn} is an EXPRESS state machine: {arn} was started, but can be neither followed "
-                "nor stopped. Use a STANDARD one",
+                "nor stopped. Use a STANDARD one, or `run_express` (task type step-functions-express)",
                 code="ExpressStateMachine",
             )
         return CreateResult(ExecutionHandle(arn=arn), Execution(status="RUNNING"))
@@ -181,25 +184,7 @@ class StepFunctionsPlugin(AsyncPlugin[ExecutionHandle, Execution]):
         run, arn = ctx.resource, ctx.resource_meta.arn
         page = self._connection.console(f"states#/v2/executions/details/{quote(arn, safe='')}")
         info = TaskInfo(logs=(TaskLog(name=f"Execution {arn}", uri=page),))
-        error, cause = run.error or "ExecutionFailed", run.cause or run.error or ""
-        match run.status:
-            case "RUNNING" | "PENDING_REDRIVE":
-                return PhaseInfo.running(info=info)
-            case "SUCCEEDED":
-                if run.output is not None:
-                    ctx.output_writer.put(json.loads(run.output))
-                return PhaseInfo.success(info=info)
-            case "FAILED" if error in HOPELESS:
-                return PhaseInfo.failure(error, cause, info=info)
-            case "FAILED":
-                return PhaseInfo.retryable_failure(error, cause, info=info)
-            case "TIMED_OUT":
-                told = cause or "the execution took longer than its state machine allows"
-                return PhaseInfo.failure("Timeout", told, info=info)
-            case "ABORTED":
-                return PhaseInfo.aborted(cause, info=info)
-            case other:
-                return PhaseInfo.undefined(f"unknown status {other}", info=info)
+        return _judged(run, info, ctx.output_writer)
 
     async def aclose(self) -> None:
         await self._api.aclose()
@@ -214,6 +199,70 @@ class StepFunctionsPlugin(AsyncPlugin[ExecutionHandle, Execution]):
             if refused.code == "ExecutionDoesNotExist":
                 raise NotFound(refused.message) from None
             raise
+
+
+class ExpressPlugin(SyncPlugin):
+    """At most once: a start of an EXPRESS state machine is not idempotent, and can't be asked about later."""
+
+    def __init__(self, connection: StepFunctions) -> None:
+        self._connection = connection
+        self._api = AwsJson(
+            connection,
+            "states",
+            "AWSStepFunctions",
+            "1.0",
+            host="sync-states",
+            longest=EXPRESS_RUNS,
+        )
+
+    def get_config(self) -> PluginConfig:
+        return self._connection.engine
+
+    async def do(self, ctx: TaskExecutionContext) -> PhaseInfo:
+        run = ctx.spec(StateMachineRun)
+        _check_region(run, self._connection)
+        told = await self._api.call(
+            "StartSyncExecution",
+            stateMachineArn=run.state_machine_arn,
+            name=ctx.task_execution_metadata.generated_name,
+            input=run.input_text,
+        )
+        part = ExternalResource(external_id=told["executionArn"])
+        info = TaskInfo(external_resources=(part,))
+        return _judged(Execution.model_validate(told), info, ctx.output_writer)
+
+    async def aclose(self) -> None:
+        await self._api.aclose()
+
+
+def _check_region(run: StateMachineRun, at: StepFunctions) -> None:
+    if run.region != at.region:
+        raise BadTaskSpecification(
+            f"state_machine_arn is in {run.region}, the connection is for {at.region}: use the connection of that "
+            "region"
+        )
+
+
+def _judged(run: Execution, info: TaskInfo, writer: OutputWriter) -> PhaseInfo:
+    error, cause = run.error or "ExecutionFailed", run.cause or run.error or ""
+    match run.status:
+        case "RUNNING" | "PENDING_REDRIVE":
+            return PhaseInfo.running(info=info)
+        case "SUCCEEDED":
+            if run.output is not None:
+                writer.put(json.loads(run.output))
+            return PhaseInfo.success(info=info)
+        case "FAILED" if error in HOPELESS:
+            return PhaseInfo.failure(error, cause, info=info)
+        case "FAILED":
+            return PhaseInfo.retryable_failure(error, cause, info=info)
+        case "TIMED_OUT":
+            told = cause or "the execution took longer than its state machine allows"
+            return PhaseInfo.failure("Timeout", told, info=info)
+        case "ABORTED":
+            return PhaseInfo.aborted(cause, info=info)
+        case other:
+            return PhaseInfo.undefined(f"unknown status {other}", info=info)
 
 
 def _canonical(value: JsonValue) -> str:

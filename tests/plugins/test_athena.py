@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from pydantic import HttpUrl, SecretStr, ValidationError
 
-from prefect_webapi import AlreadyExists, EngineSettings, Phase, PluginConfig
+from prefect_webapi import AlreadyExists, EngineSettings, NotFound, Phase, PluginConfig
 from prefect_webapi.engine.contexts import DeleteView, GetView
 from prefect_webapi_aws import Athena, AthenaQuery, QueryResult, athena_entry
 from prefect_webapi_aws.athena import AthenaError, AthenaPlugin, Query, QueryHandle
@@ -178,10 +178,14 @@ class TestAthena(PluginSuite):
 
     @pytest.mark.parametrize("code", ["UnknownOperationException", "AccessDeniedException"])
     async def test_without_batches_each_query_is_read_alone(
-        self, service: AthenaServer, tmp_path: Path, code: str
+        self, service: AthenaServer, plugin: AthenaPlugin, tmp_path: Path, code: str
     ) -> None:
-        """Servers that imitate Athena lack the call, and a policy may not allow it; asked for once."""
+        """Servers that imitate Athena lack the call, and a policy may not allow it; it is asked for once."""
         service.spoil(Fault("get_many", refused(f"com.amazonaws#{code}", "no"), times=100))
+        two = [GetView(self.unknown_handle())] * 2
+        for _ in range(3):
+            assert await plugin.get_many(two) == [None, None]
+        assert len(service.times("get_many")) == 1
         with self.host(tmp_path, service) as host:
             tickets = [
                 self.asked(host, self.job(result=f"{nth};"), nth=nth, task_run=f"t{nth}")
@@ -189,7 +193,6 @@ class TestAthena(PluginSuite):
             ]
             outcomes = [await ticket.outcome() for ticket in tickets]
         assert all(outcome.info.phase is Phase.SUCCESS for outcome in outcomes)
-        assert len(service.times("get_many")) <= 1
 
     # --- ends --------------------------------------------------------------------------------
 
@@ -205,6 +208,13 @@ class TestAthena(PluginSuite):
     async def over(self, plugin: AthenaPlugin, query: GetView) -> None:
         while (await plugin.get(query)).state in ("QUEUED", "RUNNING"):
             pass
+
+    async def test_what_never_was_is_not_found(self, plugin: AthenaPlugin) -> None:
+        """REQ-43, REQ-58: so that a delete is done, and a read is not merely a failed one."""
+        with pytest.raises(NotFound):
+            await plugin.get(GetView(self.unknown_handle()))
+        with pytest.raises(NotFound):
+            await plugin.delete(DeleteView(self.unknown_handle(), "x"))
 
     async def test_a_query_that_athena_can_not_read_is_the_users_fault(
         self, service: AthenaServer, tmp_path: Path

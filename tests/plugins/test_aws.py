@@ -8,6 +8,7 @@ import logging
 import runpy
 import sys
 from datetime import UTC, datetime, timedelta
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,14 @@ from prefect_webapi import (
     RemoteUserError,
     Throttled,
 )
-from prefect_webapi_aws import Athena, StepFunctions, sigv4
+from prefect_webapi_aws import (
+    Athena,
+    StepFunctions,
+    athena_entry,
+    express_entry,
+    sigv4,
+    step_functions_entry,
+)
 from prefect_webapi_aws.sigv4 import Signer, error_of
 
 REPOSITORY = Path(__file__).parents[2]
@@ -52,6 +60,14 @@ class TestBlocks(BlockStandardTestSuite):
         assert image.width == image.height
         assert 45 < image.width < 1000
         image.close()
+
+
+def test_each_entry_is_announced_under_its_id() -> None:
+    """REQ-48, REQ-49."""
+    announced = entry_points(group="prefect_webapi.plugins")
+    for entry in (step_functions_entry, express_entry, athena_entry):
+        assert announced[entry.id].load() is entry
+        assert entry.supported_task_types == [entry.id]
 
 
 @pytest.mark.parametrize(

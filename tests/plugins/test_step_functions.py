@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 from pydantic import HttpUrl, SecretStr, ValidationError
 
-from prefect_webapi import AuthError, EngineSettings, Phase, PluginConfig
+from prefect_webapi import AuthError, EngineSettings, NotFound, Phase, PluginConfig
 from prefect_webapi.engine.contexts import DeleteView, GetView
+from prefect_webapi.engine.host import Host
 from prefect_webapi.engine.request import Outcome as Ended
-from prefect_webapi_aws import StateMachineRun, StepFunctions, step_functions_entry
+from prefect_webapi_aws import StateMachineRun, StepFunctions, express_entry, step_functions_entry
 from prefect_webapi_aws.step_functions import Execution, ExecutionHandle, StepFunctionsPlugin
 from tests.plugins.suite import CANARY, MESSAGE, Outcome, PluginSuite, Service
 from tests.servers.aws import REGION, refused
 from tests.servers.base import Fault, Reply
 from tests.servers.step_functions import EXPRESS, MACHINE, StepFunctionsServer
-from tests.support.engine import Told
+from tests.support.engine import QUICK, Told, engine, run
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +179,13 @@ class TestStepFunctions(PluginSuite):
         told = (seen.status, seen.error, seen.cause)
         assert told == ("ABORTED", "StoppedByPrefect", "deadline of 10s exceeded")
 
+    async def test_what_never_was_is_not_found(self, plugin: StepFunctionsPlugin) -> None:
+        """REQ-43, REQ-58: so that a delete is done, and a read is not merely a failed one."""
+        with pytest.raises(NotFound):
+            await plugin.get(GetView(self.unknown_handle()))
+        with pytest.raises(NotFound):
+            await plugin.delete(DeleteView(self.unknown_handle(), "x"))
+
     async def test_the_output_is_data_and_the_failure_has_the_machines_own_name(
         self, service: StepFunctionsServer, tmp_path: Path
     ) -> None:
@@ -196,7 +205,7 @@ class TestStepFunctions(PluginSuite):
         assert outcome.info.phase is Phase.PERMANENT_FAILURE
         assert outcome.info.err is not None
         assert outcome.info.err.code == "ExpressStateMachine"
-        assert "Use a STANDARD one" in outcome.info.err.message
+        assert "Use a STANDARD one, or `run_express`" in outcome.info.err.message
         assert len(service.times("create")) == 1
 
     async def test_too_many_executions_are_a_reason_to_wait(
@@ -258,6 +267,79 @@ class TestStepFunctions(PluginSuite):
         assert outcome.info.err is not None
         assert "is in eu-west-1, the connection is for us-east-1" in outcome.info.err.message
         assert service.ops() == []
+
+
+# --- EXPRESS ---------------------------------------------------------------------------------
+
+
+@contextmanager
+def express(server: StepFunctionsServer, folder: Path) -> Generator[Host]:
+    """An engine with the synchronous plugin."""
+    server.reset()
+    at = StepFunctions(
+        region=REGION,
+        access_key_id="test",
+        secret_access_key=SecretStr("secret"),
+        endpoint_url=HttpUrl(server.url),
+        settings=EngineSettings.load(QUICK),
+    )
+    with engine(folder, [express_entry], {"default": at}) as host:
+        yield host
+
+
+async def done(host: Host, machine: str = EXPRESS, **given: Any) -> Ended:
+    spec = StateMachineRun(state_machine_arn=machine, input=given)
+    return await run(host, spec, "step-functions-express")
+
+
+async def test_an_express_execution_answers_with_its_end(
+    server: StepFunctionsServer, tmp_path: Path
+) -> None:
+    """REQ-72: a failure comes with HTTP 200 too."""
+    with express(server, tmp_path) as host:
+        good = await done(host, result={"x": "ü"})
+        bad = await done(host, outcome="fail", error="Boom", message=MESSAGE)
+    assert (good.info.phase, good.value) == (Phase.SUCCESS, {"x": "ü"})
+    assert ":express:report-express:" in good.info.info.external_resources[0].external_id
+    assert bad.info.phase is Phase.RETRYABLE_FAILURE
+    assert bad.info.err is not None
+    assert (bad.info.err.code, bad.info.err.message) == ("Boom", MESSAGE)
+
+
+async def test_a_standard_state_machine_is_not_called(
+    server: StepFunctionsServer, tmp_path: Path
+) -> None:
+    with express(server, tmp_path) as host:
+        outcome = await done(host, MACHINE)
+    assert outcome.info.phase is Phase.PERMANENT_FAILURE
+    assert outcome.info.err is not None
+    assert outcome.info.err.code == "StateMachineTypeNotSupported"
+    assert server.made() == 0
+
+
+async def test_an_express_execution_whose_answer_is_lost_is_not_repeated(
+    server: StepFunctionsServer, tmp_path: Path
+) -> None:
+    """REQ-33: it is not idempotent."""
+    with express(server, tmp_path) as host:
+        server.spoil(Fault("do", None, carried_out=True))
+        outcome = await done(host, result=1)
+    assert outcome.info.err is not None
+    assert outcome.info.err.code == "OutcomeUnknown"
+    assert (server.made(), len(server.times("do"))) == (1, 1)
+
+
+async def test_a_throttled_express_execution_is_repeated(
+    server: StepFunctionsServer, tmp_path: Path
+) -> None:
+    with express(server, tmp_path) as host:
+        server.spoil(Fault("do", refused("ThrottlingException", "Rate exceeded"), times=2))
+        outcome = await done(host, result=1)
+    assert outcome.value == 1
+    assert server.made() == 1
+
+
+# --- what is wrong before any request --------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,7 @@ class StepFunctionsServer(AwsServer):
         "StartExecution": "create",
         "DescribeExecution": "get",
         "StopExecution": "delete",
+        "StartSyncExecution": "do",
     }
 
     def reset(self) -> None:
@@ -95,6 +96,8 @@ class StepFunctionsServer(AwsServer):
                     self._stops.setdefault(data["executionArn"], data)
                     return Reply(200, {"stopDate": time.time()})
                 return reply
+            case "StartSyncExecution":
+                return self._done(data)
             case _:
                 return self._described(data, forward)
 
@@ -113,17 +116,36 @@ class StepFunctionsServer(AwsServer):
             return Reply(200, {"executionArn": arn, "startDate": time.time()})
         return forward()
 
+    def _done(self, data: Any) -> Reply:
+        """moto lacks it: an execution of the other machine, looked at until it is over."""
+        if data["stateMachineArn"] != EXPRESS:
+            told = "This operation is not supported by this type of state machine"
+            return refused("StateMachineTypeNotSupported", told)
+        name = str(uuid.uuid4())
+        made = self.ask("StartExecution", stateMachineArn=MACHINE, name=name, input=data["input"])
+        seen = {"status": "RUNNING"}
+        while seen["status"] == "RUNNING":
+            time.sleep(0.02)
+            seen = self.ask("DescribeExecution", executionArn=made["executionArn"])
+        arn = f"{EXPRESS.replace(':stateMachine:', ':express:')}:{data['name']}:{name}"
+        return Reply(200, _as_aws(seen) | {"executionArn": arn, "stateMachineArn": EXPRESS})
+
     def _described(self, data: Any, forward: Forward) -> Reply:
         reply = forward()
         if reply.status != 200:
             return reply
-        told = json.loads(reply.content)
-        if told["status"] == "SUCCEEDED":  # of a text moto shows the text itself, not its JSON
-            told["output"] = json.dumps(json.loads(told["input"])["result"])
+        told = _as_aws(json.loads(reply.content))
         if told["status"] == "ABORTED":
             stop = self._stops.get(data["executionArn"], {})
             told |= {k: stop[k] for k in ("error", "cause") if k in stop}
         return Reply(200, told)
+
+
+def _as_aws(told: dict[str, Any]) -> dict[str, Any]:
+    """Of a text moto shows the text itself, not its JSON."""
+    if told["status"] == "SUCCEEDED":
+        told["output"] = json.dumps(json.loads(told["input"])["result"])
+    return told
 
 
 if __name__ == "__main__":
