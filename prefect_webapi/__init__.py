@@ -99,6 +99,7 @@ if TYPE_CHECKING:
         path,
         retry_after,
     )
+    from prefect_webapi.many import run_many
     from prefect_webapi.registry import Registry, default_registry, register
     from prefect_webapi.tasks import (
         JobOptions,
@@ -193,6 +194,7 @@ __all__ = [
     "register",
     "retry_after",
     "run_key",
+    "run_many",
     "sync_task_for",
     "task_for",
     "webapi_task",
@@ -230,6 +232,7 @@ _HOMES = {
         "TaskExecutionMetadata TaskTemplate"
     ),
     "prefect_webapi.http": "Answer Outgoing RemoteClient classify error_of_status path retry_after",
+    "prefect_webapi.many": "run_many",
     "prefect_webapi.registry": "Registry default_registry register",
     "prefect_webapi.tasks": (
         "JobOptions RemoteTask TaskOptions run_key sync_task_for task_for webapi_task"

@@ -271,7 +271,7 @@ class RemoteTask(Task[P, O], Generic[P, O]):
                     *args, return_state=return_state, wait_for=wait_for, **kwargs
                 )
             ended = super().__call__(*args, return_state=True, wait_for=wait_for, **kwargs)
-            return _unwrap_later(ended) if self.isasync else _unwrap(ended)
+            return _unwrap_later(ended) if self.isasync else unwrap(ended)
 
     def _carrying_chain(self) -> RemoteTask[P, O]:
         """The copy that goes to a task runner: it knows its place, also in another process."""
@@ -363,7 +363,7 @@ def _reference(connection: Block | str | None) -> str | Unsaved | None:
 def _async_body(job: Job) -> Callable[..., Any]:
     @functools.wraps(job.describe, updated=())
     async def body(*args: Any, **kwargs: Any) -> Any:
-        return await run_async(job, _settings, args, kwargs)
+        return await run_async(job, load_settings, args, kwargs)
 
     return _known_to_prefect(body, job.describe)
 
@@ -371,7 +371,7 @@ def _async_body(job: Job) -> Callable[..., Any]:
 def _sync_body(job: Job) -> Callable[..., Any]:
     @functools.wraps(job.describe, updated=())
     def body(*args: Any, **kwargs: Any) -> Any:
-        return run_sync(job, _settings, args, kwargs)
+        return run_sync(job, load_settings, args, kwargs)
 
     return _known_to_prefect(body, job.describe)
 
@@ -400,7 +400,7 @@ def _signature(describe: Callable[..., Any]) -> inspect.Signature:
     return signature.replace(parameters=parameters)
 
 
-def _settings() -> Options:
+def load_settings() -> Options:
     from prefect_webapi.settings import WebApiSettings
 
     return WebApiSettings.load()
@@ -433,10 +433,10 @@ def retry_condition(own: RetryCondition | None) -> RetryCondition:
 
 
 async def _unwrap_later(ended: Coroutine[Any, Any, State[T]]) -> T:
-    return _unwrap(await ended)
+    return unwrap(await ended)
 
 
-def _unwrap(ended: State[T]) -> T:
+def unwrap(ended: State[T]) -> T:
     """The result of a task that ended in this state, or its exception."""
     data = _data(ended)
     if ended.is_completed():

@@ -38,12 +38,25 @@ from prefect_webapi._prefect.service import Engine
 from prefect_webapi.contract.errors import ConfigurationError, EngineClosed, WebApiError
 from prefect_webapi.contract.faults import explain
 from prefect_webapi.contract.task import JobSpec
-from prefect_webapi.engine.request import JobRequest, Outcome, Overrides
+from prefect_webapi.engine.request import Caller, JobRequest, Outcome, Overrides, Reporter
 
 if TYPE_CHECKING:  # the engine itself is loaded by the first job
     from prefect_webapi.engine.host import Ticket
 
-__all__ = ["Job", "Unsaved", "run_async", "run_sync"]
+__all__ = [
+    "Call",
+    "Job",
+    "Unsaved",
+    "interrupted",
+    "interrupted_end",
+    "left",
+    "request_of",
+    "run_async",
+    "run_sync",
+    "told",
+    "until_stopped",
+    "watched",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +107,7 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
-class _Call:
+class Call:
     """One attempt of a task run that waits for its job."""
 
     ticket: Ticket
@@ -125,20 +138,20 @@ async def run_async(
     spec, context = _checked(job, described), _own_context(job)
     if context is None:
         return spec
-    call: _Call | None = None
+    call: Call | None = None
     began = time.monotonic()
     service.listen()
     try:
         try:
             engine = service.started() or await anyio.to_thread.run_sync(service.start, load)
             call = _admit(job, spec, context, engine)
-            return await _told(states.ending(await call.ticket.outcome()))
+            return await told(states.ending(await call.ticket.outcome()))
         except INTERRUPTS as interrupt:
-            cause = _interrupted(call, interrupt, began)
-            outcome = await _until_stopped(call) if call and not cause.leaves_job else None
-            return await _told(_interrupted_end(call, cause, outcome, interrupt))
+            cause = interrupted(call, interrupt, began)
+            outcome = await until_stopped(call) if call and not cause.leaves_job else None
+            return await told(interrupted_end(call, cause, outcome, interrupt))
     except EngineClosed as error:
-        return await _told(_left(error))
+        return await told(left(error))
     finally:
         if call is not None:
             call.close()
@@ -155,7 +168,7 @@ def run_sync(
     spec, context = _checked(job, described), _own_context(job)
     if context is None:
         return spec
-    call: _Call | None = None
+    call: Call | None = None
     began = time.monotonic()
     service.listen()
     try:
@@ -163,11 +176,11 @@ def run_sync(
             call = _admit(job, spec, context, service.start(load))
             return _told_blocking(states.ending(call.ticket.outcome_blocking()))
         except INTERRUPTS as interrupt:
-            cause = _interrupted(call, interrupt, began)
+            cause = interrupted(call, interrupt, began)
             outcome = _until_stopped_blocking(call) if call and not cause.leaves_job else None
-            return _told_blocking(_interrupted_end(call, cause, outcome, interrupt))
+            return _told_blocking(interrupted_end(call, cause, outcome, interrupt))
     except EngineClosed as error:
-        return _told_blocking(_left(error))
+        return _told_blocking(left(error))
     finally:
         if call is not None:
             call.close()
@@ -194,27 +207,44 @@ def _checked(job: Job, described: Any) -> JobSpec[Any]:
     )
 
 
-def _admit(job: Job, spec: JobSpec[Any], context: TaskRunContext, engine: Engine) -> _Call:
+def _admit(job: Job, spec: JobSpec[Any], context: TaskRunContext, engine: Engine) -> Call:
     own = getattr(context.task, "job", job)  # with_options changed the task, not the function
     run: TaskRun = context.task_run
     reporter = TaskRunReporter(engine.display)
+    who = caller(
+        run,
+        chain=own.chain or chain_here(own=run.id),
+        run_key=engine.run_key,
+        retries=context.task.retries,
+        idempotency_key=own.idempotency_key,
+    )
+    request = request_of(
+        own, spec, who, reporter, task_name=context.task.name, inputs=_inputs(context.parameters)
+    )
+    return watched(engine, engine.host.admit(request), reporter, own, who, run)
+
+
+def request_of(
+    own: Job,
+    spec: JobSpec[Any],
+    who: Caller,
+    reporter: Reporter,
+    *,
+    task_name: str,
+    inputs: Mapping[str, Any],
+) -> JobRequest:
+    """What the engine is asked for."""
     connection = own.connection.get() if isinstance(own.connection, Unsaved) else own.connection
-    request = JobRequest(
+    return JobRequest(
         task_type=own.task_type,
         spec=spec,
         task_key=own.key,
-        task_name=context.task.name,
-        caller=caller(
-            run,
-            chain=own.chain or chain_here(own=run.id),
-            run_key=engine.run_key,
-            retries=context.task.retries,
-            idempotency_key=own.idempotency_key,
-        ),
+        task_name=task_name,
+        caller=who,
         reporter=reporter,
         connection="default" if connection is None else connection,
         plugin=own.plugin,
-        inputs=_inputs(context),
+        inputs=inputs,
         options=Overrides(
             deadline=own.deadline,
             reuse_results=own.reuse_results,
@@ -222,29 +252,38 @@ def _admit(job: Job, spec: JobSpec[Any], context: TaskRunContext, engine: Engine
             on_exit=own.on_exit,
         ),
     )
-    ticket = engine.host.admit(request)
-    who = request.caller
+
+
+def watched(
+    engine: Engine,
+    ticket: Ticket,
+    reporter: TaskRunReporter,
+    own: Job,
+    who: Caller,
+    run: TaskRun,
+) -> Call:
+    """The call, over whose flow runs is watched until it is closed."""
     forget = engine.watch.add(
         ticket,
         (who.flow_run, who.root_run, *who.levels),
         run.id,
         leaves_job=own.on_exit == "leave",
     )
-    return _Call(ticket, reporter, own, forget)
+    return Call(ticket, reporter, own, forget)
 
 
-def _inputs(context: TaskRunContext) -> dict[str, Any]:
+def _inputs(parameters: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: value.model_copy() if isinstance(value, BaseModel) else value
-        for name, value in context.parameters.items()
+        for name, value in parameters.items()
     }
 
 
-def _left(error: EngineClosed) -> State[Any]:
+def left(error: EngineClosed) -> State[Any]:
     return Crashed(message=str(error), data=error)
 
 
-async def _told(state: State[Any]) -> State[Any]:
+async def told(state: State[Any]) -> State[Any]:
     """The end as Prefect gets it; it may be read in another process where results are persisted."""
     record = _apart(state)
     if record is not None:
@@ -288,7 +327,7 @@ def _not_vital() -> Generator[None]:
 # --- interrupts ----------------------------------------------------------------------------------------
 
 
-def _interrupted(call: _Call | None, interrupt: BaseException, began: float) -> Cause:
+def interrupted(call: Call | None, interrupt: BaseException, began: float) -> Cause:
     """Tell the engine what shall become of the job."""
     cause = cause_of(interrupt, heard=service.signal_since(began))
     if call is None:
@@ -305,8 +344,8 @@ def _interrupted(call: _Call | None, interrupt: BaseException, began: float) -> 
     return cause
 
 
-def _interrupted_end(
-    call: _Call | None, cause: Cause, outcome: Outcome | None, interrupt: BaseException
+def interrupted_end(
+    call: Call | None, cause: Cause, outcome: Outcome | None, interrupt: BaseException
 ) -> State[Any]:
     """The state to end in; or the interrupt goes on, where Prefect has its own end for it."""
     if cause.leaves_job or cause.is_task_timeout:
@@ -314,7 +353,7 @@ def _interrupted_end(
     return states.cancelled(cause.reason, outcome, by=interrupt, was_admitted=call is not None)
 
 
-async def _until_stopped(call: _Call) -> Outcome | None:
+async def until_stopped(call: Call) -> Outcome | None:
     """How the job ended; None when that isn't known in time. The delete goes on in any case."""
     with anyio.CancelScope(shield=True), anyio.move_on_after(CANCEL_SECONDS):
         try:
@@ -324,7 +363,7 @@ async def _until_stopped(call: _Call) -> Outcome | None:
     return None
 
 
-def _until_stopped_blocking(call: _Call) -> Outcome | None:
+def _until_stopped_blocking(call: Call) -> Outcome | None:
     try:
         return call.ticket.outcome_blocking()
     except WebApiError:

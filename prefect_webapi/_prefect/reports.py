@@ -13,6 +13,7 @@ import contextvars
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from datetime import timedelta
@@ -21,7 +22,7 @@ from uuid import UUID
 
 from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
-from prefect.client.schemas.objects import State, StateDetails, TaskRun
+from prefect.client.schemas.objects import State, StateDetails, StateType, TaskRun
 from prefect.context import TaskRunContext
 from prefect.events import Event
 from prefect.logging.loggers import task_run_logger
@@ -32,7 +33,7 @@ from prefect_webapi._prefect.states import Shown
 from prefect_webapi.contract.phase import Phase, PhaseInfo, TaskLog
 from prefect_webapi.ledger.records import Record
 
-__all__ = ["Display", "TaskRunReporter", "emit_state"]
+__all__ = ["Display", "ManyReporter", "TaskRunReporter", "emit_state"]
 
 logger = logging.getLogger(__name__)
 
@@ -263,7 +264,7 @@ class TaskRunReporter:
         )
         self._artifact = made.id
 
-    def _offer(self, shown: Shown, record: Record) -> None:
+    def _offer(self, shown: Shown, record: Record | None) -> None:
         with self._lock:
             newest = self._next or self._shown
             if self._closed or shown == newest:
@@ -271,7 +272,7 @@ class TaskRunReporter:
             is_new_name = newest is None or shown.name != newest.name
             self._next = shown
             waits = self._due_in() > 0
-        if is_new_name:
+        if is_new_name and record is not None:
             self._say(shown, record)
         if waits:
             self._display.later(self)
@@ -304,6 +305,75 @@ class TaskRunReporter:
             self._key = f"job-{record.key}"
             self._about = f"Job {record.key} of {record.details.task_name or record.task_type}"
         self._display.links(self)
+
+
+class ManyReporter(TaskRunReporter):
+    """Tells about many jobs of one task run: how many are in which phase, and how far all of them are."""
+
+    def __init__(self, display: Display, count: int) -> None:
+        super().__init__(display, with_links=False)
+        self._count = count
+        self._phases: dict[str, str] = {}
+        self._numbers: Counter[str] = Counter()
+        self._over = self._failed = 0
+        self._percent = -1
+
+    def phase(self, record: Record, info: PhaseInfo, *, waiting_for_quota: bool) -> None:
+        shown = states.shown(info, waiting_for_quota=waiting_for_quota)
+        if shown is not None:
+            self._note(record.key, shown.name)
+
+    def cancelling(self, record: Record, reason: str) -> None:
+        self._note(record.key, "Cancelling")
+
+    def over(self, key: str, *, failed: bool) -> None:
+        """A job has ended, for good."""
+        with self._lock:
+            self._over += 1
+            self._failed += failed
+            percent = self._over * 100 // self._count
+            is_news, self._percent = percent != self._percent, percent
+        self._note(key, None)
+        if is_news:
+            self._display.links(self)
+
+    async def write_links(self, client: PrefectClient) -> None:
+        """Write how far they are: one progress artifact of the task run, changed in place."""
+        with self._lock:
+            data, told = float(self._percent), self._told()
+        if self._artifact is not None:
+            await client.update_artifact(
+                self._artifact, ArtifactUpdate(data=data, description=told)
+            )
+            return
+        run = self._task_run
+        made = await client.create_artifact(
+            ArtifactCreate(
+                type="progress",
+                key=f"jobs-{run.id}",
+                description=told,
+                data=data,
+                task_run_id=run.id,
+                flow_run_id=run.flow_run_id,
+            )
+        )
+        self._artifact = made.id
+
+    def _note(self, key: str, name: str | None) -> None:
+        with self._lock:
+            before = self._phases.pop(key, None)
+            if before is not None:
+                self._numbers[before] -= 1
+            if name is not None:
+                self._phases[key] = name
+                self._numbers[name] += 1
+            told = self._told()
+        self._offer(Shown(StateType.RUNNING, "Running", told), None)
+
+    def _told(self) -> str:
+        failed = f", {self._failed} of them failed" if self._failed else ""
+        live = [f"{number} {name}" for name, number in self._numbers.items() if number]
+        return "; ".join([f"{self._over} of {self._count} jobs are over{failed}", *live])
 
 
 def links_of(info: PhaseInfo) -> str:

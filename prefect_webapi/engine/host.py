@@ -45,6 +45,10 @@ class Ticket(Protocol):
         """Wait in the caller's thread, in short steps so that signals get through."""
         ...
 
+    def when_over(self, tell: Callable[[], None], /) -> None:
+        """Call `tell` when the outcome is there, from any thread: it must be quick and raise nothing."""
+        ...
+
     def cancel(self, reason: str) -> None:
         """The job shall end (user intent). The outcome comes as ABORTED within `cancel_grace`."""
         ...
@@ -106,6 +110,9 @@ class _Ticket:
             done, _ = concurrent.futures.wait([self._call.future], timeout=STEP_SECONDS)
             if done:
                 return self._call.future.result()
+
+    def when_over(self, tell: Callable[[], None], /) -> None:
+        self._call.future.add_done_callback(lambda _: tell())
 
     def cancel(self, reason: str) -> None:
         self._host.post(lambda runtime: runtime.cancel(self._call, reason))

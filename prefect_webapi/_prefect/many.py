@@ -1,0 +1,240 @@
+"""Many jobs in one task run: handed over together, collected as they end, each retried by itself.
+
+Prefect's own cost of a task run, some 100 ms of CPU, is paid once for all of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import anyio.to_thread
+from prefect.client.schemas.objects import State
+from prefect.context import TaskRunContext
+from prefect.states import Completed, Failed
+
+from prefect_webapi._prefect import service, states
+from prefect_webapi._prefect.body import (
+    Call,
+    Job,
+    interrupted,
+    interrupted_end,
+    left,
+    request_of,
+    told,
+    until_stopped,
+    watched,
+)
+from prefect_webapi._prefect.causes import INTERRUPTS
+from prefect_webapi._prefect.identity import caller, chain_here
+from prefect_webapi._prefect.options import Options
+from prefect_webapi._prefect.reports import ManyReporter
+from prefect_webapi.contract.errors import EngineClosed, WebApiError
+from prefect_webapi.contract.phase import Phase
+from prefect_webapi.contract.task import JobSpec
+from prefect_webapi.engine.request import JobRequest, Outcome
+
+if TYPE_CHECKING:  # the engine itself is loaded by the first job
+    from prefect_webapi.engine.host import HostApi, Ticket
+
+__all__ = ["run_jobs"]
+
+ADMITTED_AT_ONCE = 200
+"""So many are handed over before other tasks of the flow's loop get their turn."""
+
+
+async def run_jobs(
+    job: Job,
+    name: str,
+    load: Callable[[], Options],
+    specs: Sequence[JobSpec[Any]],
+    *,
+    retries: int,
+    delays: Sequence[float],
+    raise_on_failure: bool,
+) -> State[Any]:
+    """The body of the task run. Its state holds the results and failures in the order of the specs.
+
+    Args:
+        name: the task's.
+        delays: seconds before each retry of a job; the last one counts for those after it too.
+    """
+    context = TaskRunContext.get()
+    assert context is not None
+    run = context.task_run
+    call: Call | None = None
+    began = time.monotonic()
+    service.listen()
+    try:
+        try:
+            engine = service.started() or await anyio.to_thread.run_sync(service.start, load)
+            reporter = ManyReporter(engine.display, len(specs))
+            who = caller(run, chain=chain_here(own=run.id), run_key=engine.run_key, retries=retries)
+
+            def request(index: int, attempt: int) -> JobRequest:
+                spec = specs[index]
+                asks = replace(who, nth=index, attempt=max(attempt, who.attempt))
+                inputs = dict(spec)
+                return request_of(job, spec, asks, reporter, task_name=name, inputs=inputs)
+
+            jobs = _Jobs(engine.host, request, len(specs), retries, delays, reporter)
+            call = watched(engine, jobs, reporter, job, who, run)
+            await jobs.start()
+            return await told(_end(await jobs.outcomes(), raise_on_failure))
+        except INTERRUPTS as interrupt:
+            cause = interrupted(call, interrupt, began)
+            outcome = await until_stopped(call) if call and not cause.leaves_job else None
+            return await told(interrupted_end(call, cause, outcome, interrupt))
+    except EngineClosed as error:
+        return await told(left(error))
+    finally:
+        if call is not None:
+            call.close()
+
+
+def _end(outcomes: Sequence[Outcome], raise_on_failure: bool) -> State[Any]:
+    stopped = next((each for each in outcomes if each.stopped_by_us), None)
+    if stopped is not None:
+        return states.cancelled(stopped.info.reason or "cancelled", stopped)
+    ends = [
+        each.value if each.info.phase is Phase.SUCCESS else states.job_failed(each)
+        for each in outcomes
+    ]
+    failed = [each for each in outcomes if each.info.phase is not Phase.SUCCESS]
+    if not failed:
+        return Completed(message=f"{len(ends)} jobs succeeded.", data=ends)
+    counted = f"{len(failed)} of {len(ends)} jobs failed"
+    if not raise_on_failure:
+        return Completed(message=f"{counted}.", data=ends)
+    first = states.ending(failed[0])
+    failure = states.job_failed(failed[0])
+    failure.add_note(f"{counted}; this is the first of them")
+    return Failed(message=f"{counted}. The first: {first.message}", data=failure)
+
+
+class _Jobs:
+    """The jobs of the task run as one ticket: what is said to it is said to all that are not over.
+
+    `start`, `outcomes` and `outcome` belong to the flow's loop, the rest to any thread.
+    """
+
+    def __init__(
+        self,
+        host: HostApi,
+        request: Callable[[int, int], JobRequest],
+        count: int,
+        retries: int,
+        delays: Sequence[float],
+        reporter: ManyReporter,
+    ) -> None:
+        self._host = host
+        self._request = request
+        self._retries = retries
+        self._delays = delays
+        self._reporter = reporter
+        self._lock = threading.Lock()
+        self._tickets: dict[int, Ticket] = {}
+        self._attempts: dict[int, int] = {}
+        self._ends: list[Outcome | None] = [None] * count
+        self._left = count
+        self._over: deque[int] = deque()
+        self._stirred = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._stop: Callable[[Ticket], None] | None = None
+        self._error: WebApiError | None = None
+
+    async def start(self) -> None:
+        for index in range(len(self._ends)):
+            self._admit(index, 1)
+            if index % ADMITTED_AT_ONCE == ADMITTED_AT_ONCE - 1:
+                await asyncio.sleep(0)
+
+    async def outcomes(self) -> list[Outcome]:
+        """How each ended, in order.
+
+        Raises:
+            WebApiError: what kept one of them from having an end; the others have theirs.
+        """
+        await self._collect()
+        if self._error is not None:
+            raise self._error
+        return [end for end in self._ends if end is not None]
+
+    # --- the ticket of all of them -----------------------------------------------------------
+
+    async def outcome(self) -> Outcome:
+        """One of the ends, when all are over."""
+        return (await self.outcomes())[-1]
+
+    def outcome_blocking(self) -> Outcome:
+        raise NotImplementedError("many jobs are awaited")
+
+    def when_over(self, tell: Callable[[], None], /) -> None:
+        raise NotImplementedError("many jobs are awaited")
+
+    def cancel(self, reason: str) -> None:
+        self._say(lambda ticket: ticket.cancel(reason))
+
+    def pause(self, *, leaves: bool) -> None:
+        self._say(lambda ticket: ticket.pause(leaves=leaves))
+
+    def detach(self) -> None:
+        self._say(lambda ticket: ticket.detach())
+
+    def _say(self, what: Callable[[Ticket], None]) -> None:
+        with self._lock:
+            self._stop = what
+            tickets = list(self._tickets.values())
+        for ticket in tickets:
+            what(ticket)
+
+    # --- one job -----------------------------------------------------------------------------
+
+    def _admit(self, index: int, attempt: int) -> None:
+        ticket = self._host.admit(self._request(index, attempt))
+        with self._lock:
+            self._tickets[index] = ticket
+            self._attempts[index] = attempt
+            stop = self._stop
+        if stop is not None:
+            stop(ticket)
+        ticket.when_over(lambda: self._note(index))
+
+    def _note(self, index: int) -> None:
+        self._over.append(index)
+        if len(self._over) == 1:  # else the loop is awake, or about to be
+            with suppress(RuntimeError):  # it has ended; nobody waits any more
+                self._loop.call_soon_threadsafe(self._stirred.set)
+
+    async def _collect(self) -> None:
+        while self._left:
+            self._stirred.clear()
+            while self._over:
+                self._take(self._over.popleft())
+            if self._left:
+                await self._stirred.wait()
+
+    def _take(self, index: int) -> None:
+        with self._lock:
+            ticket = self._tickets.pop(index)
+            attempt = self._attempts.pop(index)
+            stopping = self._stop is not None
+        try:
+            outcome = ticket.outcome_blocking()
+        except WebApiError as error:
+            self._error = self._error or error
+            self._left -= 1
+            return
+        if outcome.info.may_retry and attempt <= self._retries and not stopping:
+            delay = self._delays[min(attempt, len(self._delays)) - 1]
+            self._loop.call_later(delay, self._admit, index, attempt + 1)
+            return
+        self._ends[index] = outcome
+        self._left -= 1
+        self._reporter.over(outcome.job_key, failed=outcome.info.phase is not Phase.SUCCESS)
