@@ -37,10 +37,18 @@ class JobSpec(BaseModel, Generic[O]):
 
 def result_type(spec: type[JobSpec[Any]]) -> Any:
     """`O` of a spec class: what its task returns; `Any` where the class names none."""
+    given: dict[Any, Any] = {}  # what generic subclasses were told their variables to be
     for cls in spec.__mro__:
         meta: Mapping[str, Any] = getattr(cls, "__pydantic_generic_metadata__", {})
-        if meta.get("origin") is JobSpec:
-            return NoneType if meta["args"][0] is None else meta["args"][0]
+        origin: Any = meta.get("origin")
+        if origin is JobSpec:
+            returns = meta["args"][0]
+            while isinstance(returns, TypeVar):
+                returns = given.pop(returns, Any)
+            return NoneType if returns is None else returns
+        if origin is not None:
+            variables = origin.__pydantic_generic_metadata__["parameters"]
+            given.update(zip(variables, meta["args"], strict=True))
     return Any
 
 
