@@ -68,7 +68,7 @@ TextTemplate = Annotated[str, AfterValidator(_template)]
 PointerOrTemplate = Annotated[str, AfterValidator(_pointer_or_template)]
 
 
-class _Part(BaseModel):
+class Part(BaseModel):
     model_config = ConfigDict(
         alias_generator=to_camel,
         extra="forbid",
@@ -86,7 +86,7 @@ def _one_of(part: BaseModel, *names: str) -> None:
 # --- requests --------------------------------------------------------------------------------
 
 
-class Request(_Part):
+class Request(Part):
     """A request; all of it may hold templates. `body` is data and is sent as JSON."""
 
     method: Method = "GET"
@@ -100,7 +100,7 @@ class Request(_Part):
         return (self.path, self.query, self.headers, self.body)
 
 
-class Paging(_Part):
+class Paging(Part):
     """How the next page is asked for; exactly one of three.
 
     Attributes:
@@ -122,7 +122,7 @@ class Paging(_Part):
         return self
 
 
-class FromHeader(_Part):
+class FromHeader(Part):
     """A value in an answer's header: group 1 of `pattern`. Of `Location`, an address, it is decoded."""
 
     header: str
@@ -140,7 +140,7 @@ Source = FromHeader | PointerOrTemplate
 Sources = Annotated[dict[str, Source], Field(min_length=1)]
 
 
-class KeyPlace(_Part):
+class KeyPlace(Part):
     """Where the job key goes; exactly one of three."""
 
     header: str | None = None
@@ -237,7 +237,7 @@ class Delete(Request):
     gone_codes: tuple[int, ...] = (404, 410, 409)
 
 
-class Outputs(_Part):
+class Outputs(Part):
     """The result: at `pointer` in the job as read or, with `request`, in its answer; all pages' lists joined."""
 
     pointer: Pointer = ""
@@ -248,7 +248,7 @@ class Outputs(_Part):
 # --- what answers mean -----------------------------------------------------------------------
 
 
-class Meaning(_Part):
+class Meaning(Part):
     """What a state means; `kind` and `code` are for failures. `code` is the service's word if absent."""
 
     phase: Literal[
@@ -271,7 +271,7 @@ def _phase_alone(value: Any) -> Any:
     return {"phase": value} if isinstance(value, str) else value
 
 
-class Condition(_Part):
+class Condition(Part):
     """What else must hold."""
 
     pointer: Pointer
@@ -281,7 +281,7 @@ class Condition(_Part):
         return as_text(value) == as_text(self.equals)  # 0 is not false
 
 
-class Status(_Part):
+class Status(Part):
     """What the job as read says.
 
     Attributes:
@@ -308,7 +308,7 @@ class Status(_Part):
         return meanings
 
 
-class Rule(_Part):
+class Rule(Part):
     """Which answers it is about: all that is given must fit. Answers with 2xx count too.
 
     Attributes:
@@ -339,7 +339,7 @@ class ErrorRule(Rule):
     job_may_exist: bool | None = None
 
 
-class Wait(_Part):
+class Wait(Part):
     """Where an answer says how long to wait. `s` may be a date too, as in `Retry-After`; `date`: ISO 8601 or Unix."""
 
     header: str | None = None
@@ -361,25 +361,25 @@ class ThrottleRule(Rule):
 # --- credentials -----------------------------------------------------------------------------
 
 
-class NoAuth(_Part):
+class NoAuth(Part):
     type: Literal["none"]
 
 
-class BearerAuth(_Part):
+class BearerAuth(Part):
     type: Literal["bearer"]
 
 
-class BasicAuth(_Part):
+class BasicAuth(Part):
     type: Literal["basic"]
     user: str
 
 
-class HeaderAuth(_Part):
+class HeaderAuth(Part):
     type: Literal["header"]
     name: str
 
 
-class OAuth2(_Part):
+class OAuth2(Part):
     """A token from `token_url` (RFC 6749, 4.4)."""
 
     type: Literal["oauth2ClientCredentials"]
@@ -398,7 +398,7 @@ def _type_alone(value: Any) -> Any:
 # --- the whole -------------------------------------------------------------------------------
 
 
-class JobApi(_Part):
+class JobApi(Part):
     """How a service runs jobs. Secrets are no part of it.
 
     Attributes:

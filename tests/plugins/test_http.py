@@ -38,7 +38,7 @@ from prefect_webapi.contract.plugin import overrides
 from prefect_webapi.engine.contexts import DeleteView, GetView, StatusView
 from prefect_webapi.engine.host import Host
 from prefect_webapi.testing import EmbeddedJobServer
-from prefect_webapi_http import HttpJob, HttpJobApi, JobApi, entry
+from prefect_webapi_http import HttpJob, HttpJobApi, JobApi, entry, models
 from prefect_webapi_http.models import KEY, JobHandle
 from prefect_webapi_http.plugin import HttpJobPlugin
 from tests.plugins.jobserver import JobServerService
@@ -51,6 +51,7 @@ from tests.support.witness import records
 
 REPOSITORY = Path(__file__).parents[2]
 APIS = Path(__file__).parent / "http_apis"
+DOCUMENT = REPOSITORY / "docs/plugins/http.md"
 
 
 def described(name: str, **changes: Any) -> dict[str, Any]:
@@ -670,6 +671,24 @@ def test_all_faults_of_a_description_are_told_at_once() -> None:
         described("job_server", create__idempotency="none", delete__path="/{{ .id }}")
     )
     assert len(contradictions.splitlines()) == 2
+
+
+def test_the_description_in_the_documentation_works() -> None:
+    (text,) = re.findall(r"```yaml\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
+    assert JobApi.model_validate(text).guarantee == "key"
+
+
+def test_the_documentation_names_every_key() -> None:
+    """And no model has a key that it does not name."""
+    told = DOCUMENT.read_text()
+    missing = [
+        f"{model.__name__}.{field.alias}"
+        for model in (JobApi, *vars(models).values())
+        if isinstance(model, type) and issubclass(model, models.Part)
+        for field in model.model_fields.values()
+        if field.alias and not re.search(rf"\b{field.alias}\b", told)
+    ]
+    assert missing == []
 
 
 def test_a_word_that_is_written_twice_is_refused() -> None:
