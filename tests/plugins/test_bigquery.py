@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 import sys
 from collections.abc import Iterator
@@ -358,11 +357,25 @@ class TestBigQuery(PluginSuite):
     async def test_a_token_is_renewed_before_it_ends(
         self, service: BigQueryServer, plugin: BigQueryPlugin
     ) -> None:
-        service.token_lives = 1
+        service.token_lives = 2
         made = (await plugin.create(self.view(self.job("never")))).resource_meta
-        await asyncio.sleep(0.6)  # half of its life
-        await plugin.get(GetView(made))
-        assert len(service.calls("token")) == 2
+
+        async def renewed() -> bool:
+            await plugin.get(GetView(made))
+            return len(service.calls("token")) == 2
+
+        await eventually(renewed, within=WITHIN)
+        assert all(seen.status == 200 for seen in service.seen)
+
+    async def test_the_machines_own_credentials_are_used_where_no_key_is_given(
+        self, service: BigQueryServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "key.json").write_text(service.key_file())
+        monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "key.json"))
+        token = await GoogleToken(None)()
+        assert token.value.get_secret_value() in service.issued
+        assert token.lives is not None
+        assert timedelta(minutes=55) < token.lives < timedelta(hours=1)
 
     async def test_a_key_that_google_refuses_is_the_users_fault(
         self, service: BigQueryServer

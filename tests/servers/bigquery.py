@@ -241,7 +241,7 @@ class BigQueryServer(Server):
 
     Attributes:
         page_rows: rows in a page of a result. hidden_for: seconds for which `jobs.get` does not see a new job.
-        token_lives: seconds.
+        token_lives: seconds. issued: tokens, and until when they are good.
     """
 
     def __init__(self, *, port: int = 0, access: str = "ya29.local-{}") -> None:
@@ -249,7 +249,7 @@ class BigQueryServer(Server):
         self._access = access
         self._key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
         self.jobs: dict[tuple[str, str, str], Job] = {}
-        self.issued: set[str] = set()
+        self.issued: dict[str, float] = {}
         self.reset()
 
     def reset(self) -> None:
@@ -350,7 +350,7 @@ class BigQueryServer(Server):
             return JSONResponse({"error": "invalid_scope"}, status_code=400)
         self._tokens += 1
         token = self._access.format(self._tokens)
-        self.issued.add(token)
+        self.issued[token] = time.monotonic() + self.token_lives
         return JSONResponse(
             {"access_token": token, "expires_in": self.token_lives, "token_type": "Bearer"}
         )
@@ -370,7 +370,7 @@ class BigQueryServer(Server):
 
     def _let_in(self, request: Request) -> None:
         token = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if token not in self.issued:
+        if time.monotonic() > self.issued.get(token, 0):
             raise Refused(401, "authError", "Invalid Credentials")
 
     # --- jobs --------------------------------------------------------------------------------
