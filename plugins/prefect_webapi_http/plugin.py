@@ -154,7 +154,11 @@ class HttpJobPlugin(AsyncPlugin[JobHandle, Any]):
 
     async def get(self, ctx: GetContext[JobHandle]) -> Any:
         answer = await self._ask(self._api.get, {"handle": ctx.resource_meta.fields})
-        return at(answer.json(), self._api.get.item)
+        job = at(answer.json(), self._api.get.item)
+        if job is None:  # not "no such job": the service would have said so
+            told = f"the answer has no job at {self._api.get.item!r}: {answer.beginning!r}"
+            raise RemoteSystemError(told, code="UnreadableAnswer")
+        return job
 
     async def get_many(self, ctxs: Sequence[GetContext[JobHandle]]) -> Sequence[Any]:
         batch = self._api.get.batch
@@ -163,6 +167,8 @@ class HttpJobPlugin(AsyncPlugin[JobHandle, Any]):
         parted = batch.separator
         # An id that holds the separator would be read as two: it is not asked for here, and so read alone.
         asked = [each for each in ids if not parted or parted not in str(each)]
+        if not asked:
+            return [None] * len(ids)
         values = {"ids": parted.join(map(str, asked)) if parted else asked}
         answer = await self._ask(batch, values)
         read = {as_text(at(job, batch.id)): job for job in _items(answer.json(), batch.items)}

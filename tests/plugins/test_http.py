@@ -225,6 +225,7 @@ class TestJobServer(DescribedSuite):
         assert isinstance(broken, RemoteSystemError)
         assert read["name"] == names[1]
         assert unasked is None
+        assert await plugin.get_many([GetView(with_comma)]) == [None]
         (call,) = service.server.log("batch")
         assert call.query == f"names={names[0]},{names[1]}"
 
@@ -417,7 +418,7 @@ class TestMessageQueue(DescribedSuite):
         assert len(service.seen) == 1
 
     @pytest.mark.parametrize(
-        "body", [b"<html>Hello</html>", b"", b'{"ok": true, "mess', "\xe4".encode("latin-1")]
+        "body", [b"<html>Hello</html>", b"", b'{"ok": true, "mess', b'{"ok": true}', b"\xe4"]
     )
     async def test_an_answer_without_sense_is_the_services_fault(
         self, service: MessageQueue, plugin: HttpJobPlugin, body: bytes
