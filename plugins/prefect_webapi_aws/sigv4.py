@@ -127,6 +127,8 @@ class Signer:
         return self._credentials is None or getattr(self._credentials, "refresh_needed", bool)()
 
     def _renew(self) -> None:
+        for module in ("auth", "awsrequest"):
+            _botocore(module)  # used on the loop, which the import would hold up
         errors = _botocore("exceptions")
         try:
             if self._credentials is None:
