@@ -11,6 +11,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
+from inspect import isawaitable
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, cast
 
@@ -38,7 +39,17 @@ from tests.support.engine import QUICK, FolderOutputs, NoSecrets, Told, engine, 
 from tests.support.waiting import eventually
 from tests.support.witness import records
 
-__all__ = ["CANARY", "MESSAGE", "WITHIN", "Op", "Outcome", "PluginSuite", "Row", "Service", "contents"]
+__all__ = [
+    "CANARY",
+    "MESSAGE",
+    "WITHIN",
+    "Op",
+    "Outcome",
+    "PluginSuite",
+    "Row",
+    "Service",
+    "contents",
+]
 
 CANARY = "canary-4b1d-of-the-credentials"
 """Part of every secret that a connection of these tests holds."""
@@ -174,6 +185,8 @@ class PluginSuite(ABC):
             service, PluginConfig(), EngineSettings.load({"allowInsecure": True})
         )
         plugin: Any = self.entry.plugin_loader(_Setup(block))
+        if isawaitable(plugin):
+            plugin = await plugin
         yield plugin
         await plugin.aclose()
 

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -210,7 +210,17 @@ class Server(ABC):
         return None
 
 
-def serve(server: Server) -> None:
+class Served(Protocol):
+    """What `serve` needs of a server."""
+
+    url: str
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *exc_info: object) -> None: ...
+
+
+def serve(server: Served) -> None:
     """Run one as a program: prints `READY <url>`, and ends by SIGTERM, Ctrl-C or with its parent's pipe."""
     ended = threading.Event()
 
