@@ -16,10 +16,12 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     HttpUrl,
     StrictInt,
     StrictStr,
+    Tag,
     ValidationError,
     field_validator,
     model_validator,
@@ -76,6 +78,11 @@ class Part(BaseModel):
         validate_by_alias=True,
         validate_by_name=True,
     )
+
+
+def _shape(value: Any) -> Literal["text", "keys"]:
+    """Which of two shapes a key takes, so that faults are told of the one that was written."""
+    return "text" if isinstance(value, str) else "keys"
 
 
 def _one_of(part: BaseModel, *names: str) -> None:
@@ -136,7 +143,10 @@ class FromHeader(Part):
         return pattern
 
 
-Source = FromHeader | PointerOrTemplate
+Source = Annotated[
+    Annotated[FromHeader, Tag("keys")] | Annotated[PointerOrTemplate, Tag("text")],
+    Discriminator(_shape),
+]
 Sources = Annotated[dict[str, Source], Field(min_length=1)]
 
 
@@ -164,7 +174,10 @@ class Create(Request):
     """
 
     method: Method = "POST"
-    idempotency: KeyPlace | Literal["path", "none"] = KeyPlace(header="Idempotency-Key")
+    idempotency: Annotated[
+        Annotated[KeyPlace, Tag("keys")] | Annotated[Literal["path", "none"], Tag("text")],
+        Discriminator(_shape),
+    ] = KeyPlace(header="Idempotency-Key")
     honours_key: bool = False
     handle: Sources
     snapshot_in_answer: bool = False

@@ -37,6 +37,8 @@ ModelT = TypeVar("ModelT", bound=BaseModel)
 
 _HIDDEN = "***"
 _LONGEST_VALUE = 80
+_NOTHING_GIVEN = ("missing", "contradiction")
+"""Kinds of faults without a value: it is not there, or the fault lies between values that are right by themselves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +151,7 @@ def _fault(
     hidden = any(isinstance(part, str) and looks_secret(part) for part in loc) or any(
         is_secret_type(each) for each in place.types
     )
-    given = "" if kind == "missing" else _HIDDEN if hidden else _show(details["input"])
+    given = "" if kind in _NOTHING_GIVEN else _HIDDEN if hidden else _show(details["input"])
     problem = details["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
     problem = problem[:1].lower() + problem[1:]
     if hidden and str(details["input"]):

@@ -26,6 +26,7 @@ from prefect_webapi import (
     EngineSettings,
     ErrorKind,
     Guarantee,
+    InvalidConfiguration,
     NotFound,
     Phase,
     PluginConfig,
@@ -34,6 +35,7 @@ from prefect_webapi import (
     RemoteUserError,
     Throttled,
 )
+from prefect_webapi.contract.faults import validate
 from prefect_webapi.contract.plugin import overrides
 from prefect_webapi.engine.contexts import DeleteView, GetView, StatusView
 from prefect_webapi.engine.host import Host
@@ -690,6 +692,23 @@ def test_the_documentation_names_every_key() -> None:
         if field.alias and not re.search(rf"\b{field.alias}\b", told)
     ]
     assert missing == []
+
+
+def test_faults_are_told_to_people_without_noise() -> None:
+    """REQ-09: one line per fault, and no value where the fault lies between values."""
+    api = described(
+        "job_server", create__handle={"id": "name"}, create__idempotency="nowhere", get__path="jobs"
+    )
+    with pytest.raises(InvalidConfiguration) as caught:
+        validate(JobApi, api)
+    assert [fault.path for fault in caught.value.faults] == [
+        "create.idempotency.text",
+        "create.handle.id.text",
+        "get.path",
+    ]
+    with pytest.raises(InvalidConfiguration) as caught:
+        validate(JobApi, described("job_server", create__idempotency="none"))
+    assert [fault.given for fault in caught.value.faults] == [""]
 
 
 def test_a_word_that_is_written_twice_is_refused() -> None:
