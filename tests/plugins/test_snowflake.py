@@ -21,7 +21,14 @@ from prefect.blocks.core import Block
 from prefect.testing.standard_test_suites.blocks import BlockStandardTestSuite
 from pydantic import HttpUrl, SecretStr, ValidationError
 
-from prefect_webapi import AuthError, ConfigurationError, EngineSettings, Phase, PluginConfig
+from prefect_webapi import (
+    AuthError,
+    ConfigurationError,
+    EngineSettings,
+    NotFound,
+    Phase,
+    PluginConfig,
+)
 from prefect_webapi.engine.contexts import DeleteView, GetView
 from prefect_webapi_snowflake import Snowflake, SnowflakeJob, auth, entry
 from prefect_webapi_snowflake import plugin as plugin_module
@@ -384,6 +391,15 @@ class TestSnowflake(PluginSuite):
         (seen,) = service.seen
         assert seen.headers["x-snowflake-authorization-token-type"] == "OAUTH"
         assert seen.headers["snowflake-account"] == "XY12345"
+
+    async def test_a_signed_token_lives_as_long_as_snowflake_allows(
+        self, service: SnowflakeServer
+    ) -> None:
+        """The server refuses more than an hour, before it looks for the statement."""
+        plugin = SnowflakePlugin(key_connection(service))
+        with pytest.raises(NotFound):
+            await plugin.get(GetView(HANDLE))
+        await plugin.aclose()
 
     async def test_a_key_that_is_not_the_users_does_not_get_in(
         self, service: SnowflakeServer
