@@ -173,10 +173,12 @@ class Program:
         self.file = folder / "program.sh"
         config.write_text(f"[profile batch]\ncredential_process = sh {self.file}\n")
 
-    def give(self, lives: timedelta) -> None:
+    def give(self, lives: timedelta, *, takes: float = 0.0) -> None:
         until = (datetime.now(UTC) + lives).isoformat()
         told = {"Version": 1, "AccessKeyId": "TMP", "SecretAccessKey": "s", "Expiration": until}
-        self.file.write_text(f"echo asked >> {self.notes}\necho '{json.dumps(told)}'\n")
+        self.file.write_text(
+            f"echo asked >> {self.notes}\nsleep {takes}\necho '{json.dumps(told)}'\n"
+        )
 
     def fail(self) -> None:
         self.file.write_text("echo 'the vault is sealed' >&2\nexit 1\n")
@@ -208,8 +210,13 @@ async def test_credentials_are_renewed_before_their_end(program: Program, signer
     """REQ-63."""
     program.give(timedelta(minutes=5))
     await signed(signer)
-    program.give(timedelta(hours=1))
-    before = program.asked
+    program.give(timedelta(hours=1), takes=0.3)
+    before, turns = program.asked, 0
+    renewal = asyncio.ensure_future(signed(signer))
+    while not renewal.done():
+        await asyncio.sleep(0.01)
+        turns += 1
+    assert turns > 5, "the loop stood still meanwhile"
     for _ in range(3):
         await signed(signer)
     assert program.asked == before + 1

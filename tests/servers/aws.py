@@ -32,6 +32,12 @@ __all__ = ["ACCOUNT", "REGION", "AwsServer", "Moto", "refused"]
 REGION = "us-east-1"
 ACCOUNT = "123456789012"  # moto's
 START_SECONDS = 60.0
+_PROGRAM = """
+import os, sys, threading
+from moto.server import main
+threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()
+main(["-H", "127.0.0.1", "-p", "0"])
+"""
 _SIGNATURE = re.compile(
     r"AWS4-HMAC-SHA256 Credential=[^/]+/[0-9]{8}/([^/]+)/([^/]+)/aws4_request, "
     r"SignedHeaders=([^,]+), Signature=[0-9a-f]{64}"
@@ -44,7 +50,7 @@ def refused(code: str, message: str, *, status: int = 400, **more: Any) -> Reply
 
 
 class Moto:
-    """moto's server, which really runs state machines. A context manager; the process ends with the block."""
+    """moto's server, which runs state machines. A context manager; the process ends with the block, or with ours."""
 
     def __init__(self) -> None:
         self.url = ""
@@ -52,9 +58,10 @@ class Moto:
         self._client = httpx.Client(timeout=60, trust_env=False)
 
     def __enter__(self) -> Self:
-        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"]
         with tempfile.NamedTemporaryFile("w+") as log:
-            self._process = subprocess.Popen(command, stdout=log, stderr=log)
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _PROGRAM], stdin=subprocess.PIPE, stdout=log, stderr=log
+            )
             deadline = time.monotonic() + START_SECONDS
             while not self.url:
                 log.seek(0)
@@ -72,6 +79,8 @@ class Moto:
     def __exit__(self, *exc_info: object) -> None:
         self._client.close()
         if self._process is not None:
+            assert self._process.stdin is not None
+            self._process.stdin.close()
             self._process.kill()
             self._process.wait()
 
