@@ -52,7 +52,6 @@ LATER = {
     "conformance kit": {40, 92},
     "command line of the flags": {17},
     "deferral": {88, 89, 192, 208, 209, 210, 211},
-    "template engine": {261, 262, 263, 264},
 }
 
 _NUMBER = re.compile(r"CASE-(\d{3})(?:\s+to\s+CASE-(\d{3}))?")
