@@ -244,6 +244,16 @@ class TestJobServer(DescribedSuite):
         assert outcome.info.err.code == "CreateOutcomeUnknown"
         assert (service.made(), len(service.times("create")), service.times("find")) == (1, 1, [])
 
+    async def test_a_job_is_told_its_places_in_the_result_storage(
+        self, service: JobServerService
+    ) -> None:
+        """REQ-70, REQ-66: as addresses."""
+        api = described("job_server", create__body={"spec": {"result": "{{ .outputPrefix }}"}})
+        async with self.plugin_for(service, api) as plugin:
+            await plugin.create(view := self.view(HttpJob()))
+        (job,) = service.server.jobs()
+        assert job.result == await view.data_store.uri(view.output_writer.output_prefix)
+
     async def test_a_job_counts_against_its_quota(self, plugin: HttpJobPlugin) -> None:
         """REQ-73."""
         wanted = await plugin.resource_requirements(self.view(HttpJob(quota="gpu")))
