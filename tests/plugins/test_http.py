@@ -248,7 +248,8 @@ class TestJobServer(DescribedSuite):
         self, service: JobServerService
     ) -> None:
         """REQ-70, REQ-66: as addresses."""
-        api = described("job_server", create__body={"spec": {"result": "{{ .outputPrefix }}"}})
+        spec = {"seconds": 0, "result": "{{ .outputPrefix }}"}
+        api = described("job_server", create__body={"spec": spec})
         async with self.plugin_for(service, api) as plugin:
             await plugin.create(view := self.view(HttpJob()))
         (job,) = service.server.jobs()
