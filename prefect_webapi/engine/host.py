@@ -11,7 +11,7 @@ import concurrent.futures
 import logging
 import threading
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Protocol, TypeVar
 
@@ -226,11 +226,12 @@ class Host:
         self._runtime = runtime
 
         def begin() -> None:
+            stack.enter_context(watching(runtime.services.metrics))  # before it, there is no job
             if self._sweeps:
                 runtime.perform(_sweep_at_start, concurrent.futures.Future[None]())
             ready.set()
 
-        with watching(runtime.services.metrics):
+        with ExitStack() as stack:
             await runtime.run(begin)
 
 
