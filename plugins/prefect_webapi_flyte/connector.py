@@ -1,6 +1,7 @@
 """The connector's three gRPC services: calls with deadlines, statuses as our errors, discovery."""
 
 import asyncio
+import time
 from datetime import timedelta
 from typing import Any
 
@@ -65,8 +66,8 @@ class Connector:
         self._known: tuple[TaskType, ...] = ()
 
     async def create(self, request: pb.CreateTaskRequest) -> bytes:
-        await self._connect(self._settings.create_timeout)
-        answer = await self._ask(self._jobs.CreateTask, request, self._settings.create_timeout)
+        left = await self._connected(self._settings.create_timeout)
+        answer = await self._ask(self._jobs.CreateTask, request, left)
         return answer.resource_meta
 
     async def get(self, request: pb.GetTaskRequest) -> pb.Resource:
@@ -85,9 +86,9 @@ class Connector:
             pb.ExecuteTaskSyncRequest(header=header),
             pb.ExecuteTaskSyncRequest(inputs=inputs),
         )
-        await self._connect(CALL_TIMEOUT)
+        left = await self._connected(CALL_TIMEOUT)
         call = self._calls.ExecuteTaskSync(
-            iter(messages), timeout=_seconds(CALL_TIMEOUT), metadata=self._metadata
+            iter(messages), timeout=_seconds(left), metadata=self._metadata
         )
         resource = pb.Resource()
         try:
@@ -155,8 +156,12 @@ class Connector:
         self._line.close()
         await self._channel.close()
 
-    async def _connect(self, limit: timedelta) -> None:
-        """Without this, UNAVAILABLE would not tell whether a create was sent."""
+    async def _connected(self, limit: timedelta) -> timedelta:
+        """Wait for a connection; returns what is left of the limit.
+
+        Without this, UNAVAILABLE would not tell whether a create was sent.
+        """
+        began = time.monotonic()
         try:
             async with asyncio.timeout(min(CONNECT_SECONDS, limit.total_seconds() / 2)):
                 await self._channel.channel_ready()
@@ -166,6 +171,7 @@ class Connector:
                 code="UNAVAILABLE",
                 job_may_exist=False,
             ) from None
+        return limit - timedelta(seconds=time.monotonic() - began)
 
     async def _ask(self, method: Any, request: Any, limit: timedelta) -> Any:
         try:

@@ -49,8 +49,8 @@ from prefect_webapi_flyte import (
     StructuredDataset,
     call_entry,
     entry,
+    task_types,
 )
-from prefect_webapi_flyte.connector import Connector
 from prefect_webapi_flyte.literals import literal_map, python_of
 from prefect_webapi_flyte.models import ConnectorHandle, TaskType
 from prefect_webapi_flyte.plugin import ConnectorPlugin
@@ -540,14 +540,12 @@ async def test_a_new_key_reads_with_the_old_one_beside_it(
 
 
 async def test_the_connectors_task_types_are_discovered(server: FlyteConnectorServer) -> None:
-    connector = Connector(block_of(server))
-    assert await connector.task_types() == (
+    assert await task_types(block_of(server)) == (
         TaskType("adder", 0, True),
         TaskType("echo", 0, True),
         TaskType("sensor", 0, False),  # flytekit's own
         TaskType("sleeper", 0, False),
     )
-    await connector.aclose()
 
 
 async def test_an_unknown_task_type_is_told_beside_the_known_ones(
@@ -740,6 +738,20 @@ async def test_a_call_whose_answer_is_lost_is_not_repeated(
         ended = await outcome(running, call(a=1, b=2), call_entry)
     assert code_of(ended) == "OutcomeUnknown"
     assert len(server.times("do")) == 1
+
+
+async def test_a_call_that_is_cancelled_is_dropped(
+    server: FlyteConnectorServer, tmp_path: Path
+) -> None:
+    """And the connector hears of it: the process, which waits for nobody, ends at once."""
+    with host(tmp_path, block_of(server), call_entry) as running:
+        ticket = asked(running, call(a=1, b=2, seconds=60), call_entry)
+        await eventually(lambda: server.times("do"), within=WITHIN)
+        ticket.cancel("no longer needed")
+        async with asyncio.timeout(WITHIN):
+            ended = await ticket.outcome()
+        await eventually(lambda: server.dropped == ["do"], within=WITHIN)
+    assert ended.info.phase is Phase.ABORTED
 
 
 async def test_a_call_that_is_throttled_is_repeated(

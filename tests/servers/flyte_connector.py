@@ -57,12 +57,14 @@ class FlyteConnectorServer:
     Attributes:
         token: the bearer token that each call must show; empty: none.
         splits: send the outputs of a call after its resource, as the protocol allows and flytekit never does.
+        dropped: ops of the calls that clients dropped before the answer.
         seen: each call; its body is the first message, its headers hold its deadline too, as `deadline`.
     """
 
     def __init__(self, *, token: str = "") -> None:
         self.token, self.url = token, ""
         self.splits = False
+        self.dropped: list[str] = []
         self.seen: list[Seen] = []
         self.faults: list[Fault] = []
         self._open = ExitStack()
@@ -93,6 +95,7 @@ class FlyteConnectorServer:
     def reset(self) -> None:
         self.seen.clear()
         self.faults.clear()
+        self.dropped.clear()
         self.splits = False
         for path in self.folder.rglob("*.json"):
             path.unlink()
@@ -149,6 +152,8 @@ class FlyteConnectorServer:
                 answers += call
             except grpc.RpcError as error:
                 told: Any = error
+                if not context.is_active():
+                    self.dropped.append(op)
                 if fault is None:
                     context.abort(told.code(), told.details())
         if fault is not None and fault.reply is None:
