@@ -701,6 +701,18 @@ async def test_a_token_in_the_clear_is_refused_beyond_this_machine() -> None:
         await ConnectorPlugin(FlyteConnector(**given, **fields)).aclose()
 
 
+async def test_a_connector_over_tls_is_believed_only_if_it_is_trusted(
+    server: FlyteConnectorServer,
+) -> None:
+    """And the token goes with the call."""
+    block = FlyteConnector(address=server.secure_url, token=SecretStr(CANARY))
+    with pytest.raises(RemoteSystemError, match="UNAVAILABLE"):
+        await task_types(block)
+    assert server.ops() == []
+    roots = server.certificate.decode()
+    assert await task_types(block.model_copy(update={"root_certificates": roots}))
+
+
 # --- calls -----------------------------------------------------------------------------------
 
 
