@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any
 
@@ -31,6 +32,7 @@ __all__ = ["Connector"]
 
 CONNECT_SECONDS = 10.0
 CALL_TIMEOUT = timedelta(minutes=5)
+ENVELOPE = 8 * 1024  # links, messages and details
 _OPTIONS = (
     ("grpc.lb_policy_name", "round_robin"),
     ("grpc.max_receive_message_length", -1),  # results are measured by the engine
@@ -90,19 +92,18 @@ class Connector:
         call = self._calls.ExecuteTaskSync(
             iter(messages), timeout=_seconds(left), metadata=self._metadata
         )
-        resource = pb.Resource()
         try:
-            answers: list[Any] = await anyio.to_thread.run_sync(
-                list, call, abandon_on_cancel=True, limiter=self._readers
+            return await anyio.to_thread.run_sync(
+                _merged,
+                call,
+                header.max_dataset_size_bytes,
+                abandon_on_cancel=True,
+                limiter=self._readers,
             )
         except grpc.RpcError as error:
             raise _error_of(error) from error
         finally:
             call.cancel()  # which ends the thread, if nobody waits any more
-        for answer in answers:
-            resource.MergeFrom(answer.header.resource)
-            resource.outputs.MergeFrom(answer.outputs)
-        return resource
 
     async def task_types(self) -> tuple[TaskType, ...]:
         """What the connector says it serves, by name."""
@@ -187,6 +188,25 @@ def _channel(stack: Any, block: FlyteConnector) -> Any:
     roots = block.root_certificates
     trust = grpc.ssl_channel_credentials(roots.encode() if roots else None)
     return stack.secure_channel(block.address, trust, options=_OPTIONS)
+
+
+def _merged(answers: Iterable[pb.ExecuteTaskSyncResponse], most: int) -> pb.Resource:
+    """What all messages say, counted while they come: `most` bytes of JSON are at most eight times as many here.
+
+    Raises:
+        RemoteUserError: the result is too large, and who knows whether it ends.
+    """
+    resource, size = pb.Resource(), 0
+    for answer in answers:
+        size += answer.ByteSize()
+        if 0 <= most < size // 8 - ENVELOPE:
+            raise RemoteUserError(
+                f"the result has more bytes than max_dataset_size_bytes, {most}",
+                code="OutputSizeExceeded",
+            )
+        resource.MergeFrom(answer.header.resource)
+        resource.outputs.MergeFrom(answer.outputs)
+    return resource
 
 
 def _seconds(limit: timedelta) -> float:

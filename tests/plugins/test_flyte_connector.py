@@ -752,6 +752,16 @@ async def test_a_call_whose_answer_is_lost_is_not_repeated(
     assert len(server.times("do")) == 1
 
 
+async def test_a_call_whose_answer_never_ends_is_cut_off(
+    server: FlyteConnectorServer, tmp_path: Path
+) -> None:
+    """CASE-236: counted while it is read."""
+    server.is_endless = True
+    with host(tmp_path, block_of(server), call_entry, maxDatasetSizeBytes=1000) as running:
+        ended = await outcome(running, call(a=1, b=2), call_entry)
+    assert (code_of(ended), ended.info.kind) == ("OutputSizeExceeded", "user")
+
+
 async def test_a_call_that_is_cancelled_is_dropped(
     server: FlyteConnectorServer, tmp_path: Path
 ) -> None:

@@ -64,13 +64,14 @@ class FlyteConnectorServer:
         secure_url, certificate: the same over TLS.
         token: the bearer token that each call must show; empty: none.
         splits: send the outputs of a call after its resource, as the protocol allows and flytekit never does.
+        is_endless: answer again and again.
         dropped: ops of the calls that clients dropped before the answer.
         seen: each call; its body is the first message, its headers hold its deadline too, as `deadline`.
     """
 
     def __init__(self, *, token: str = "") -> None:
         self.token, self.url = token, ""
-        self.splits = False
+        self.splits = self.is_endless = False
         self.dropped: list[str] = []
         self.seen: list[Seen] = []
         self.faults: list[Fault] = []
@@ -106,7 +107,7 @@ class FlyteConnectorServer:
         self.seen.clear()
         self.faults.clear()
         self.dropped.clear()
-        self.splits = False
+        self.splits = self.is_endless = False
         for path in self.folder.rglob("*.json"):
             path.unlink()
 
@@ -170,6 +171,8 @@ class FlyteConnectorServer:
             self._line.cut()
         if fault is not None:
             _abort(context, fault.reply or refusal(grpc.StatusCode.UNAVAILABLE, "never seen"))
+        while self.is_endless and context.is_active():
+            yield from answers
         if self.splits and op == "do":
             answers = [part for answer in answers for part in _parted(answer)]
         yield from answers
