@@ -1,6 +1,11 @@
 """What every test can use. The fixtures live beside their servers in `tests/support/`."""
 
+import hypothesis
 import pytest
+
+# A test proves that something is right, not how fast it is: a machine that stalls fails none.
+hypothesis.settings.register_profile("tests", deadline=None)
+hypothesis.settings.load_profile("tests")
 
 pytest_plugins = [
     "tests.support.jobserver",

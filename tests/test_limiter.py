@@ -72,7 +72,7 @@ EVENT = st.one_of(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     qps=st.integers(1, 40),
     burst=st.integers(5, 20),
@@ -121,7 +121,7 @@ def test_no_order_of_calls_and_answers_brings_a_gate_above_the_line(
         assert not [at for at in left if begin < at < end - 1e-6]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     changes=st.lists(
         st.tuples(st.floats(0, 3), st.integers(1, 40), st.integers(5, 20)), max_size=10

@@ -734,6 +734,7 @@ KILLED = (
 )
 
 
+@pytest.mark.chaos
 @pytest.mark.timeout(240)
 def test_equal_calls_in_two_pool_processes_are_two_jobs(
     scripts: Scripts, job_server: EmbeddedJobServer

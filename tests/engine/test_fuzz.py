@@ -150,7 +150,6 @@ def scripts_of(examples: int) -> list[list[Any]]:
 
     @settings(
         max_examples=examples,
-        deadline=None,
         database=None,
         derandomize=True,
         phases=[Step.generate],

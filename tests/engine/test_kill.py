@@ -141,7 +141,7 @@ async def test_a_result_that_was_half_written_is_written_again(
     [end], _ = await ends_after_a_kill(work)
     assert end.data == text
     assert job_server.stats().created == 1
-    [copy] = (tmp_path / "outputs").iterdir()
+    [copy] = (tmp_path / "outputs").rglob("*.json")
     assert text in copy.read_text()
 
 

@@ -841,7 +841,7 @@ VALUES: Any = st.recursive(
 )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(VALUES)
 def test_every_value_comes_back_from_its_literal(value: Any) -> None:
     back = python_of(literal_map({"x": value}).literals["x"])
