@@ -29,7 +29,7 @@ class Ran:
 
 
 def run(script: str, values: Mapping[str, Any] | Sequence[Any] = ()) -> list[Ran]:
-    """Run the statements of a script, to the first that fails; the last takes `values`. Tables live as long as the call."""
+    """Run the statements of a script, to the first that fails; the last takes `values`. Tables live for the call."""
     done: list[Ran] = []
     statements = [each for each in script.split(";") if each.strip()] or [""]
     with closing(sqlite3.connect(":memory:")) as database:
