@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar, cast
 
 from prefect import Task
+from prefect.cache_policies import NO_CACHE
 
 from prefect_webapi._prefect.many import run_jobs
 from prefect_webapi.contract.errors import ConfigurationError, JobFailed
@@ -53,14 +54,18 @@ async def run_many(
             raise_on_failure=raise_on_failure,
         )
 
-    one = Task[..., Any](
+    one = Task[
+        ..., Any
+    ](
         many,
         name=f"{task.name} x {len(wanted)}",
         tags=task.tags,
-        cache_policy=OwnRun(),
+        cache_policy=NO_CACHE,  # given another one, Prefect would store results that nobody asked to be stored
         persist_result=task.persist_result,
         timeout_seconds=task.timeout_seconds,
+        retries=0,  # not Prefect's default: each job has its own
     )
+    one.cache_policy = OwnRun()
     ended: Any = await cast(Any, one)(return_state=True)
     return unwrap(ended)
 

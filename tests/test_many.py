@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections import Counter
-from typing import Any
+from typing import Any, Literal
 from uuid import UUID
 
 import pytest
@@ -19,6 +19,7 @@ from prefect.client.schemas.filters import (
 )
 from prefect.client.schemas.objects import TaskRun
 from prefect.runtime import flow_run
+from prefect.settings import PREFECT_TASKS_DEFAULT_RETRIES, temporary_settings
 
 from prefect_webapi import ConfigurationError, JobFailed, run_many, task_for
 from prefect_webapi.testing import EmbeddedJobServer
@@ -123,6 +124,34 @@ async def test_each_job_is_retried_by_itself(job_server: EmbeddedJobServer) -> N
 
 
 @prefect_leaks
+async def test_prefects_defaults_for_tasks_do_not_reach_the_task_run(
+    job_server: EmbeddedJobServer,
+) -> None:
+    """The task's own `retries` count, and no result is stored that nobody asked to be stored."""
+    runs: list[UUID] = []
+    task = task_of(job_server, retries=0)
+
+    @flow
+    async def nightly(outcome: Literal["succeed", "fail"]) -> Ends:
+        runs.append(UUID(str(flow_run.id)))
+        return await run_many(task, [ReportJob(day=1, seconds=0.1, outcome=outcome)])
+
+    with temporary_settings({PREFECT_TASKS_DEFAULT_RETRIES: 1}):
+        with pytest.raises(JobFailed):
+            await nightly("fail")
+        await nightly("succeed")
+    made = Counter(entry.body["spec"]["outcome"] for entry in job_server.log("create"))
+    assert made == {"fail": 1, "succeed": 1}
+
+    async def ended() -> list[TaskRun]:
+        return [run for run in await task_runs(runs[1]) if run.state and run.state.is_final()]
+
+    [run] = await eventually(ended, within=20)
+    assert run.state is not None
+    assert run.state.data is None
+
+
+@prefect_leaks
 async def test_a_quota_bounds_them(job_server: EmbeddedJobServer) -> None:
     """REQ-75, counted at the service."""
     config = {"resourceQuotas": {"default": 3}}
@@ -164,6 +193,7 @@ KILLED = """
     from prefect.client.orchestration import get_client
     from prefect.flow_engine import run_flow_async
     from prefect.runtime import flow_run
+from prefect.settings import PREFECT_TASKS_DEFAULT_RETRIES, temporary_settings
 
     from prefect_webapi import run_many
     from prefect_webapi_jobserver import JobServer, ReportJob, run_job

@@ -35,7 +35,7 @@ from prefect_webapi._prefect.identity import Chain, caller, chain_here
 from prefect_webapi._prefect.options import Options
 from prefect_webapi._prefect.reports import TaskRunReporter
 from prefect_webapi._prefect.service import Engine
-from prefect_webapi.contract.errors import ConfigurationError, EngineClosed, WebApiError
+from prefect_webapi.contract.errors import ConfigurationError, EngineClosed
 from prefect_webapi.contract.faults import explain
 from prefect_webapi.contract.task import JobSpec
 from prefect_webapi.engine.request import Caller, JobRequest, Outcome, Overrides, Reporter
@@ -358,7 +358,7 @@ async def until_stopped(call: Call) -> Outcome | None:
     with anyio.CancelScope(shield=True), anyio.move_on_after(CANCEL_SECONDS):
         try:
             return await call.ticket.outcome()
-        except (WebApiError, asyncio.CancelledError):
+        except (Exception, asyncio.CancelledError):  # noqa: BLE001 - the interrupt counts, not what the engine met
             return None  # who cancels again, as `asyncio.run` does in the end, is in a hurry
     return None
 
@@ -366,5 +366,5 @@ async def until_stopped(call: Call) -> Outcome | None:
 def _until_stopped_blocking(call: Call) -> Outcome | None:
     try:
         return call.ticket.outcome_blocking()
-    except WebApiError:
+    except Exception:  # noqa: BLE001 - as above
         return None

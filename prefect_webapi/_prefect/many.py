@@ -35,7 +35,7 @@ from prefect_webapi._prefect.causes import INTERRUPTS
 from prefect_webapi._prefect.identity import caller, chain_here
 from prefect_webapi._prefect.options import Options
 from prefect_webapi._prefect.reports import ManyReporter
-from prefect_webapi.contract.errors import EngineClosed, WebApiError
+from prefect_webapi.contract.errors import EngineClosed
 from prefect_webapi.contract.phase import Phase
 from prefect_webapi.contract.task import JobSpec
 from prefect_webapi.engine.request import JobRequest, Outcome
@@ -142,24 +142,26 @@ class _Jobs:
         self._tickets: dict[int, Ticket] = {}
         self._attempts: dict[int, int] = {}
         self._ends: list[Outcome | None] = [None] * count
-        self._left = count
+        self._left = 0
+        self._backing_off: dict[int, tuple[asyncio.TimerHandle, Outcome]] = {}
         self._over: deque[int] = deque()
         self._stirred = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._stop: Callable[[Ticket], None] | None = None
-        self._error: WebApiError | None = None
+        self._error: Exception | None = None
 
     async def start(self) -> None:
         for index in range(len(self._ends)):
             self._admit(index, 1)
+            self._left += 1
             if index % ADMITTED_AT_ONCE == ADMITTED_AT_ONCE - 1:
                 await asyncio.sleep(0)
 
     async def outcomes(self) -> list[Outcome]:
-        """How each ended, in order.
+        """How each that was handed over has ended, in order.
 
         Raises:
-            WebApiError: what kept one of them from having an end; the others have theirs.
+            Exception: what kept one of them from having an end; the others have theirs.
         """
         await self._collect()
         if self._error is not None:
@@ -182,17 +184,24 @@ class _Jobs:
         self._say(lambda ticket: ticket.cancel(reason))
 
     def pause(self, *, leaves: bool) -> None:
-        self._say(lambda ticket: ticket.pause(leaves=leaves))
+        # Of a flow run that is only paused we hear again for as long as it is: then the jobs go on.
+        self._say(lambda ticket: ticket.pause(leaves=leaves), ends=leaves, leaves=leaves)
 
     def detach(self) -> None:
-        self._say(lambda ticket: ticket.detach())
+        self._say(lambda ticket: ticket.detach(), leaves=True)
 
-    def _say(self, what: Callable[[Ticket], None]) -> None:
+    def _say(
+        self, what: Callable[[Ticket], None], *, ends: bool = True, leaves: bool = False
+    ) -> None:
         with self._lock:
-            self._stop = what
+            if ends:
+                self._stop = what
             tickets = list(self._tickets.values())
         for ticket in tickets:
             what(ticket)
+        if ends:
+            with suppress(RuntimeError):  # as in `_note`
+                self._loop.call_soon_threadsafe(self._retry_none, leaves)
 
     # --- one job -----------------------------------------------------------------------------
 
@@ -207,8 +216,10 @@ class _Jobs:
         ticket.when_over(lambda: self._note(index))
 
     def _note(self, index: int) -> None:
-        self._over.append(index)
-        if len(self._over) == 1:  # else the loop is awake, or about to be
+        with self._lock:  # of two at once, one has to be the first
+            self._over.append(index)
+            is_first = len(self._over) == 1
+        if is_first:  # else the loop is awake, or about to be
             with suppress(RuntimeError):  # it has ended; nobody waits any more
                 self._loop.call_soon_threadsafe(self._stirred.set)
 
@@ -227,14 +238,42 @@ class _Jobs:
             stopping = self._stop is not None
         try:
             outcome = ticket.outcome_blocking()
-        except WebApiError as error:
-            self._error = self._error or error
-            self._left -= 1
-            return
-        if outcome.info.may_retry and attempt <= self._retries and not stopping:
-            delay = self._delays[min(attempt, len(self._delays)) - 1]
-            self._loop.call_later(delay, self._admit, index, attempt + 1)
+        except Exception as error:  # noqa: BLE001 - the engine hands on what it did not foresee, too
+            self._fail(error)
             return
         self._ends[index] = outcome
+        if outcome.info.may_retry and attempt <= self._retries and not stopping:
+            delay = self._delays[min(attempt, len(self._delays)) - 1]
+            timer = self._loop.call_later(delay, self._retry, index, attempt + 1)
+            self._backing_off[index] = timer, outcome
+            self._reporter.again(outcome.job_key)
+            return
+        self._count(outcome)
+
+    def _count(self, outcome: Outcome) -> None:
         self._left -= 1
         self._reporter.over(outcome.job_key, failed=outcome.info.phase is not Phase.SUCCESS)
+
+    def _fail(self, error: Exception) -> None:
+        self._error = self._error or error
+        self._left -= 1
+
+    def _retry(self, index: int, attempt: int) -> None:
+        del self._backing_off[index]
+        try:
+            self._admit(index, attempt)
+        except Exception as error:  # noqa: BLE001 - the loop would only log it, and we wait for ever
+            self._fail(error)
+            self._stirred.set()
+
+    def _retry_none(self, leaves: bool) -> None:
+        """Those that wait for their next attempt don't get it: they have ended as they have."""
+        waiting = list(self._backing_off.values())
+        self._backing_off.clear()
+        for timer, outcome in waiting:
+            timer.cancel()
+            if leaves:
+                self._fail(EngineClosed("the process is ending; the next run tries the job again"))
+            else:
+                self._count(outcome)
+        self._stirred.set()

@@ -326,6 +326,10 @@ class ManyReporter(TaskRunReporter):
     def cancelling(self, record: Record, reason: str) -> None:
         self._note(record.key, "Cancelling")
 
+    def again(self, key: str) -> None:
+        """An attempt has ended; the next one has a key of its own."""
+        self._note(key, None)
+
     def over(self, key: str, *, failed: bool) -> None:
         """A job has ended, for good."""
         with self._lock:
