@@ -174,7 +174,8 @@ class AthenaPlugin(AsyncPlugin[QueryHandle, Query]):
         location = query.output_location or self._connection.output_location
         context = {"Database": query.database, "Catalog": query.catalog}
         # Under one token Athena compares neither of these: a query with others must not be taken for this one.
-        uncompared = json.dumps([query.literals, work_group, query.catalog])
+        # Of the spec, not of the connection: an edit of its block must not make the same job a second query.
+        uncompared = json.dumps([query.literals, query.work_group, query.catalog])
         try:
             made = await self._api.call(
                 "StartQueryExecution",

@@ -15,7 +15,7 @@ _DOCUMENT = HttpUrl(f"{_REPOSITORY}/blob/main/docs/plugins/aws.md")
 class AwsConnection(Block, ABC):
     """Where an AWS service is, and the credentials to use it."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
     region: str = Field(
         pattern=r"^[a-z]+(-[a-z]+)+-[0-9]+$", description="Region, for example `eu-central-1`."

@@ -17,6 +17,7 @@ from prefect_webapi import (
     Answer,
     AuthError,
     ConfigurationError,
+    NotFound,
     Outgoing,
     RemoteClient,
     RemoteError,
@@ -110,11 +111,12 @@ class Signer:
         if self._must_wait():
             async with self._turn:
                 # It imports botocore, reads files and asks services.
-                await asyncio.to_thread(self._renew)
+                frozen = await asyncio.to_thread(self._renew)
+        else:
+            frozen = self._credentials.get_frozen_credentials()
         signed = _botocore("awsrequest").AWSRequest(
             request.method, request.url, data=request.body, headers=dict(request.headers)
         )
-        frozen = self._credentials.get_frozen_credentials()
         _botocore("auth").SigV4Auth(frozen, self._service, self._at.region).add_auth(signed)
         return {
             name: SecretStr(value)
@@ -126,16 +128,22 @@ class Signer:
         # Those of a fixed key have no `refresh_needed`.
         return self._credentials is None or getattr(self._credentials, "refresh_needed", bool)()
 
-    def _renew(self) -> None:
+    def _renew(self) -> Any:
+        """What to sign with: to ask for it again would renew it again, where that failed and the old is still good."""
         for module in ("auth", "awsrequest"):
             _botocore(module)  # used on the loop, which the import would hold up
         errors = _botocore("exceptions")
         try:
             if self._credentials is None:
                 self._credentials = self._found()
-            self._credentials.get_frozen_credentials()
+            return self._credentials.get_frozen_credentials()
         except errors.ProfileNotFound as error:
             raise ConfigurationError(f"profile {self._at.profile!r}: {error}") from error
+        except errors.ClientError as error:  # an answer of the service that gives a role's
+            told, code = f"no AWS credentials: {error}", str(error.response["Error"].get("Code"))
+            if code in REFUSALS:
+                raise AuthError(told, code=code) from error
+            raise RemoteSystemError(told, code=code, job_may_exist=False) from error
         except errors.BotoCoreError as error:  # the service that gives them is away
             raise RemoteSystemError(
                 f"no AWS credentials now: {error}", code=type(error).__name__, job_may_exist=False
@@ -176,7 +184,11 @@ def error_of(answer: Answer) -> RemoteError | None:
         return None
     code, message = _told(answer)
     if not code:
-        return error_of_status(answer, "GET")
+        error = error_of_status(answer, "GET")
+        if not isinstance(error, NotFound):
+            return error
+        # No AWS service answered, whose 404s have codes: nothing is known of the job.
+        return RemoteSystemError(error.message, code=f"HTTP{answer.status}", job_may_exist=False)
     message = answer.mask(message)[:MESSAGE_CHARACTERS]
     if code in THROTTLES:
         return Throttled(message, code=code)

@@ -22,7 +22,7 @@ class Databricks(Block):
         ```
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
     _block_type_name = "Databricks"
     _block_type_slug = "databricks"
     _logo_url = HttpUrl(f"{_REPOSITORY}/raw/main/docs/img/databricks.png")

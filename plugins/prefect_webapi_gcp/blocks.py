@@ -24,7 +24,7 @@ class BigQuery(Block):
         ```
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
     _block_type_name = "BigQuery"
     _block_type_slug = "bigquery"
     _logo_url = HttpUrl(f"{_REPOSITORY}/raw/main/docs/img/bigquery.png")

@@ -33,6 +33,7 @@ class KeyPair:
 
     def _signed(self) -> Token:
         jwt, forms = _library("jwt"), _library("cryptography.hazmat.primitives.serialization")
+        rsa = _library("cryptography.hazmat.primitives.asymmetric.rsa")
         word = self._passphrase and self._passphrase.get_secret_value().encode()
         try:
             pem = self._key.get_secret_value().encode()
@@ -42,6 +43,10 @@ class KeyPair:
                 "`private_key` can't be read: it is no PEM, or its passphrase is wrong or missing"
             )
             raise ConfigurationError(told) from None
+        if not isinstance(key, rsa.RSAPrivateKey):
+            raise ConfigurationError(
+                "`private_key` is no RSA key: tokens are signed with one (RS256)"
+            )
         public = key.public_key().public_bytes(
             forms.Encoding.DER, forms.PublicFormat.SubjectPublicKeyInfo
         )

@@ -173,9 +173,13 @@ class SnowflakePlugin(AsyncPlugin[StatementHandle, StatementView]):
         results: list[StatementResult] = []
         for handle in handles:
             single = handle == whole.statement_handle
-            results.append(
-                await self._result(whole if single else await self._ask("GET", handle), budget)
-            )
+            told = whole if single else await self._ask("GET", handle)
+            if told.http != 200:
+                raise RemoteSystemError(
+                    f"the rows of statement {handle} are not there (HTTP {told.http}): {told.message}",
+                    code=told.code,
+                )
+            results.append(await self._result(told, budget))
         return SnowflakeResult(results=results)
 
     async def aclose(self) -> None:
