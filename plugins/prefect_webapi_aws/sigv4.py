@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import re
+import time
 from collections.abc import Mapping
 from datetime import timedelta
 from importlib import import_module
@@ -47,6 +48,8 @@ REFUSALS = frozenset(
     ]
 )
 MESSAGE_CHARACTERS = 2000
+RENEW_SECONDS = 30.0
+"""Until credentials that could not be renewed are tried again; botocore begins minutes before their end."""
 
 # At DEBUG it writes down what it signs, session tokens too.
 logging.getLogger("botocore.auth").addFilter(lambda record: record.levelno > logging.DEBUG)
@@ -106,18 +109,19 @@ class Signer:
         self._at, self._service = at, service
         self._turn = asyncio.Lock()
         self._credentials: Any = None
+        self._frozen: Any = None
+        self._renew_at = 0.0
 
     async def __call__(self, request: Outgoing, /) -> Mapping[str, str | SecretStr]:
         if self._must_wait():
             async with self._turn:
-                # It imports botocore, reads files and asks services.
-                frozen = await asyncio.to_thread(self._renew)
-        else:
-            frozen = self._credentials.get_frozen_credentials()
+                if self._must_wait():
+                    # It imports botocore, reads files and asks services.
+                    await asyncio.to_thread(self._renew)
         signed = _botocore("awsrequest").AWSRequest(
             request.method, request.url, data=request.body, headers=dict(request.headers)
         )
-        _botocore("auth").SigV4Auth(frozen, self._service, self._at.region).add_auth(signed)
+        _botocore("auth").SigV4Auth(self._frozen, self._service, self._at.region).add_auth(signed)
         return {
             name: SecretStr(value)
             for name, value in signed.headers.items()
@@ -125,18 +129,20 @@ class Signer:
         }
 
     def _must_wait(self) -> bool:
+        if self._frozen is None:
+            return True
         # Those of a fixed key have no `refresh_needed`.
-        return self._credentials is None or getattr(self._credentials, "refresh_needed", bool)()
+        is_old = getattr(self._credentials, "refresh_needed", bool)
+        return time.monotonic() >= self._renew_at and is_old()
 
-    def _renew(self) -> Any:
-        """What to sign with: to ask for it again would renew it again, where that failed and the old is still good."""
+    def _renew(self) -> None:
         for module in ("auth", "awsrequest"):
             _botocore(module)  # used on the loop, which the import would hold up
         errors = _botocore("exceptions")
         try:
             if self._credentials is None:
                 self._credentials = self._found()
-            return self._credentials.get_frozen_credentials()
+            frozen = self._credentials.get_frozen_credentials()
         except errors.ProfileNotFound as error:
             raise ConfigurationError(f"profile {self._at.profile!r}: {error}") from error
         except errors.ClientError as error:  # an answer of the service that gives a role's
@@ -148,6 +154,9 @@ class Signer:
             raise RemoteSystemError(
                 f"no AWS credentials now: {error}", code=type(error).__name__, job_may_exist=False
             ) from error
+        if frozen == self._frozen:  # it failed, and botocore knows that they are still good
+            self._renew_at = time.monotonic() + RENEW_SECONDS
+        self._frozen = frozen
 
     def _found(self) -> Any:
         at = self._at
