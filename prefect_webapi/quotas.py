@@ -416,6 +416,11 @@ class Quotas:
     # --- the queue ---------------------------------------------------------------------------
 
     @property
+    def has_waiting(self) -> bool:
+        """Whether a job of this process waits for a place."""
+        return any(queue.waiters for queue in self._queues.values())
+
+    @property
     def look_again_after(self) -> float:
         """Seconds after which a second look for leaked slots may give some back."""
         return self._real(self._seconds + SECOND_LOOK_SECONDS)

@@ -30,6 +30,7 @@ T = TypeVar("T")
 
 STEP_SECONDS = 0.2
 """A blocking wait is cut into steps of this length, so that signals get through."""
+SWEEP_SECONDS = 30.0
 START_SECONDS = 60.0
 STOP_SECONDS = 30.0
 
@@ -228,16 +229,20 @@ class Host:
         def begin() -> None:
             stack.enter_context(watching(runtime.services.metrics))  # before it, there is no job
             if self._sweeps:
-                runtime.perform(_sweep_at_start, concurrent.futures.Future[None]())
+                runtime.perform(_sweep_now_and_then, concurrent.futures.Future[None]())
             ready.set()
 
         with ExitStack() as stack:
             await runtime.run(begin)
 
 
-async def _sweep_at_start(runtime: Runtime) -> None:
-    """Take up what is overdue in this ledger; what it is busy with may wait for the next pass of a sweeper."""
-    try:
-        await sweep(runtime, stay=True)
-    except WebApiError as error:
-        logger.info("nothing was swept at the start: %s", error)
+async def _sweep_now_and_then(runtime: Runtime) -> None:
+    """Take up what is overdue in this ledger: at the start, and while jobs wait for places that the dead may hold."""
+    while True:
+        try:
+            await sweep(runtime, stay=True)
+        except WebApiError as error:
+            logger.info("nothing was swept: %s", error)
+        await runtime.services.clock.sleep(SWEEP_SECONDS)
+        while not runtime.services.quotas.has_waiting:
+            await runtime.services.clock.sleep(SWEEP_SECONDS)

@@ -100,12 +100,19 @@ class SweepReport(_Value):
 
 @dataclass(frozen=True, slots=True)
 class _Decision:
-    """`closes`: nobody will come back for the end. `is_last`: what this pass can't end is given up."""
+    """What to do, and why.
+
+    Attributes:
+        closes: nobody will come back for the end.
+        is_last: what this pass can't end is given up.
+        only_if_over: while the job lives its record is not touched: it tells since when nobody looked after it.
+    """
 
     action: Action
     reason: str
     closes: bool = True
     is_last: bool = False
+    only_if_over: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +144,8 @@ async def sweep(
     Args:
         only: look at these jobs and at nothing else.
         connection: a block document's name, for jobs whose connection was a block that nobody saved.
-        stay: wait for nothing: what was taken up is looked after for as long as this process lives.
+        stay: wait for nothing: what was taken up is looked after for as long as this process lives. Jobs whose run goes
+            on without their process are ended in the ledger if they are over: others wait for their places.
 
     Raises:
         LedgerError: the ledger can't be used.
@@ -258,7 +266,7 @@ class _Pass:
         plans = [
             (case, decision)
             for case in cases
-            if (decision := _decide(case, self._settings(case.loaded), now)) is not None
+            if (decision := _decide(case, self._settings(case.loaded), now, stay)) is not None
         ]
         plans = await self._name_the_superseded(plans)
         report = SweepReport(
@@ -395,6 +403,10 @@ class _Pass:
                 await settle(self._services, record, event, info, closes=decision.closes)
             case Action.END | Action.LOOK:
                 assert case.loaded is not None
+                if decision.only_if_over and not await self._runtime.seems_over(
+                    record, case.loaded
+                ):
+                    return
                 ends = decision.action is Action.END and record.cancel_reason is None
                 orphaned = Ending(decision.reason) if ends else None
                 job = await self._runtime.adopt(
@@ -449,8 +461,12 @@ class _Pass:
                 self._services.metrics.count("orphans_total", plugin=job.plugin)
 
 
-def _decide(case: _Case, settings: EngineSettings, now: datetime) -> _Decision | None:
-    """What is to be done with a record that no living process drives; None: nothing now."""
+def _decide(case: _Case, settings: EngineSettings, now: datetime, stay: bool) -> _Decision | None:
+    """What is to be done with a record that no living process drives; None: nothing now.
+
+    Args:
+        stay: the pass is that of a process with jobs of its own.
+    """
     record = case.record
     over = _why_over(case, settings, now)
     if record.state is JobState.DELIVERED:
@@ -477,6 +493,9 @@ def _decide(case: _Case, settings: EngineSettings, now: datetime) -> _Decision |
     if not wish and (late := _past_deadline(record, now)):
         return _Decision(Action.LOOK, late, closes=False)
     if not wish:
+        if stay and record.state is JobState.CREATED and record.quotas:
+            told = "its process is gone, its run goes on, and it is over: its place is free"
+            return _Decision(Action.LOOK, told, closes=False, only_if_over=True)
         return None
     is_last = is_last and record.state is JobState.CANCELLING
     return _Decision(Action.END, wish, closes=over is not None, is_last=is_last)

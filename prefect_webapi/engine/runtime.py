@@ -19,11 +19,14 @@ from typing import Any, TypeVar
 import anyio
 import anyio.abc
 from anyio.streams.memory import MemoryObjectReceiveStream
+from pydantic import ValidationError
 
 from prefect_webapi.contract.errors import (
     EngineClosed,
     LedgerConflict,
     LedgerError,
+    NotFound,
+    RemoteError,
     WebApiError,
 )
 from prefect_webapi.contract.keys import (
@@ -34,6 +37,7 @@ from prefect_webapi.engine.adapters import handle_adapter
 from prefect_webapi.engine.calls import Calls, can_clear_up, is_sync
 from prefect_webapi.engine.cancel import ask_to_end
 from prefect_webapi.engine.channels import Channel, Channels
+from prefect_webapi.engine.contexts import StatusView
 from prefect_webapi.engine.drafts import conflict, draft_for, view_for
 from prefect_webapi.engine.faults import fault_point
 from prefect_webapi.engine.handover import Others, close, release, request_of, take_over
@@ -235,6 +239,21 @@ class Runtime:
             job.orphaned = Ending(taken.cancel_reason or "orphan")
         self._jobs[taken.key] = job
         return job
+
+    async def seems_over(self, record: Record, loaded: Loaded) -> bool:
+        """Whether a job is over at its service, by one read of which nothing is written down.
+
+        What can't be told is not over; what the service does not know seems so.
+        """
+        request = request_of(record, loaded)
+        view = view_for(self._services, loaded, request, record)
+        try:
+            handle = handle_adapter(loaded).validate_json(record.handle or "")
+            snapshot = await self._calls.get(loaded, handle)
+            info = await self._calls.status(loaded, StatusView(view, handle, snapshot))
+        except (RemoteError, ValidationError) as error:
+            return isinstance(error, NotFound)
+        return info.phase.is_terminal
 
     async def give_up(self, key: JobKey) -> None:
         """Look after a job that was adopted no longer, unless a call has come to wait for it."""

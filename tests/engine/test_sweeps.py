@@ -193,6 +193,38 @@ async def test_a_run_that_has_just_come_back_is_not_abandoned(
     assert job_server.stats().live == 1
 
 
+async def test_the_place_of_a_dead_processs_job_is_free_once_the_job_is_over(
+    job_server: EmbeddedJobServer, tmp_path: Path
+) -> None:
+    """CASE-145: its run goes on, but other calls come first, which would wait for ever.
+
+    Its own call comes later, and gets the result without a second job. The waiting process was there before the other
+    one died.
+    """
+    one = {"resourceQuotas": {"default": 1}}
+    first, second = ReportJob(day=1, outcome="never", result="first"), ReportJob(day=2, seconds=0.1)
+    with at(tmp_path, job_server, one, speed=20) as host:
+        with at(tmp_path, job_server, one) as dying:
+            dying.admit(request(first, task_type="keys", task_run="first"))
+
+            async def is_known() -> bool:
+                return [r.state for r in await records(tmp_path)] == [JobState.CREATED]
+
+            await eventually(is_known, within=20)
+            told = Told()
+            waiting = request(second, task_type="keys", task_run="second", reporter=told)
+            ticket = host.admit(waiting)
+            await eventually(lambda: "WAITING_FOR_RESOURCES" in told.names, within=20)
+        job_server.end(job_server.jobs()[0].name, "succeeded")
+        outcome = await asyncio.wait_for(ticket.outcome(), 30)
+        assert outcome.info.phase is Phase.SUCCESS
+        again = request(first, task_type="keys", task_run="first again", execution="2")
+        outcome = await asyncio.wait_for(host.admit(again).outcome(), 30)
+        assert outcome.value.data == "first"
+    assert job_server.stats().created == 2
+    assert job_server.stats().peak_live == 1
+
+
 async def test_a_job_that_waits_for_the_retry_of_a_living_process_is_nobodys(
     job_server: EmbeddedJobServer, tmp_path: Path
 ) -> None:
