@@ -118,7 +118,7 @@ class ClientCredentials:
         allow_insecure: bool = False,
     ) -> None:
         at = urlsplit(token_url)
-        self._path = at.path
+        self._path = f"{at.path}?{at.query}" if at.query else at.path
         self._client = RemoteClient(
             f"{at.scheme}://{at.netloc}",
             headers={"Authorization": basic(client_id, client_secret)},

@@ -85,11 +85,17 @@ def _common(values: Iterable[Any]) -> str:
 
 
 def fits(value: Any, declared: str) -> bool:
-    """Whether a value is of the declared type; an empty collection is of each."""
-    actual = type_name(value)
-    return actual == declared or (
-        value in ([], {}) and declared.startswith(actual.removesuffix("none]"))
-    )
+    """Whether a value is of the declared type; an empty collection is of each, wherever it lies."""
+    collection, _, inner = declared.removesuffix("]").partition("[")
+    match collection, value:
+        case "list", list():
+            return all(fits(each, inner) for each in cast(list[Any], value))
+        case "map", dict():
+            return all(fits(each, inner) for each in cast(dict[str, Any], value).values())
+        case _, list() | dict():
+            return False
+        case _:
+            return type_name(value) == declared
 
 
 def _convertible(inputs: dict[str, Any]) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from pydantic.alias_generators import to_camel
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from prefect_webapi import GoDuration, Guarantee, JobSpec, OptionalMethod, read_mapping
+from prefect_webapi.contract.secrecy import secrets_in
 from prefect_webapi.template import STORAGE, as_text, names_in
 
 KEY = "{{ .perRetryUniqueKey }}"
@@ -526,6 +527,15 @@ def _is_header(source: Source) -> bool:
 # --- jobs ------------------------------------------------------------------------------------
 
 
+def _without_secrets(inputs: dict[str, Any]) -> dict[str, Any]:
+    for name, value in inputs.items():
+        if any(secrets_in(value)):
+            raise ValueError(
+                f"input {name!r} holds a secret, which would be sent as asterisks: secrets belong in the block"
+            )
+    return inputs
+
+
 class HttpJob(JobSpec[Any]):
     """A job of the described service; the task returns what `outputs` finds.
 
@@ -534,7 +544,9 @@ class HttpJob(JobSpec[Any]):
         quota: the quota of the connection's block that the job counts against.
     """
 
-    inputs: dict[str, Any] = Field(default_factory=dict)
+    inputs: Annotated[dict[str, Any], AfterValidator(_without_secrets)] = Field(
+        default_factory=dict
+    )
     quota: str = "default"
 
 

@@ -20,6 +20,7 @@ from prefect_webapi import (
     Answer,
     AsyncPlugin,
     AuthError,
+    BadTaskSpecification,
     CreateResult,
     DeleteContext,
     ExecutionError,
@@ -136,7 +137,8 @@ class HttpJobPlugin(AsyncPlugin[JobHandle, Any]):
             if all(isinstance(s, str) and "{{" in s for s in create.handle.values()):
                 met.handle = _handle(create.handle, values)
             raise
-        data = answer.json() if answer.body else None
+        reads = create.snapshot_in_answer or any(map(_is_pointer, create.handle.values()))
+        data = answer.json() if answer.body and reads else None
         job = at(data, self._api.get.item) if create.snapshot_in_answer else None
         handle = _handle(create.handle, values, data, answer.headers)
         return CreateResult(handle, job, self._fingerprint(job))
@@ -309,10 +311,7 @@ class HttpJobPlugin(AsyncPlugin[JobHandle, Any]):
     def _info(self, ctx: StatusContext[JobHandle, Any], phase: Phase) -> TaskInfo:
         told, job, fields = self._api.status, ctx.resource, ctx.resource_meta.fields
         values = {**_values(ctx), "handle": fields}
-        links = {
-            name: render_text(link, values, encoded) if "{{" in link else at(job, link)
-            for name, link in told.links.items()
-        }
+        links = {name: _link(link, values, job) for name, link in told.links.items()}
         progress = at(job, told.progress)
         name = ", ".join(map(str, fields.values()))
         return TaskInfo(
@@ -372,6 +371,18 @@ def _field(source: Source, values: Values, data: Any, headers: Mapping[str, str]
         value = found[1] if found else None
         return unquote(value) if value and source.header.lower() == "location" else value
     return render(source, values) if "{{" in source else at(data, source)
+
+
+def _is_pointer(source: Source) -> bool:
+    return isinstance(source, str) and "{{" not in source
+
+
+def _link(link: str, values: Values, job: Any) -> Any:
+    """An address; None: the job has nothing for it, such as an input that is named there."""
+    try:
+        return render_text(link, values, encoded) if "{{" in link else at(job, link)
+    except BadTaskSpecification:
+        return None
 
 
 def _data(answer: Answer) -> Any:
