@@ -16,6 +16,7 @@ from prefect_webapi import (
     CreateResult,
     DeleteContext,
     GetContext,
+    NotFound,
     PhaseInfo,
     PluginConfig,
     RemoteClient,
@@ -244,6 +245,8 @@ def _links(handle: JobHandle | None) -> tuple[TaskLog, ...]:
 def judge(answer: Answer, method: str) -> RemoteError | None:
     """The reason in the body decides, not the status: a 403 may be a throttle."""
     error = error_of_status(answer, method)
+    if isinstance(error, NotFound) and not _is_googles(answer):  # nothing is known of the job
+        return RemoteSystemError(error.message, code="HTTP404", job_may_exist=False)
     reason = _reason(answer) if error is not None else ""
     if error is None or not reason:
         return error
@@ -254,6 +257,14 @@ def judge(answer: Answer, method: str) -> RemoteError | None:
     elif reason in USER_REASONS and reason != "accessDenied":  # new credentials would not help
         return RemoteUserError(error.message, code=reason)
     return error
+
+
+def _is_googles(answer: Answer) -> bool:
+    """Whether an error has Google's form, and not that of a proxy or of another server."""
+    try:
+        return isinstance(answer.json()["error"], dict)
+    except (RemoteSystemError, LookupError, TypeError):
+        return False
 
 
 def _reason(answer: Answer) -> str:

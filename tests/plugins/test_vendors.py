@@ -26,11 +26,13 @@ from prefect_webapi import (
 )
 from prefect_webapi.contract.keys import Fingerprint, JobKey
 from prefect_webapi.engine.contexts import StatusView, TaskView, task_view
+from prefect_webapi.http import Judge
 from prefect_webapi_aws import Athena, AthenaQuery, StepFunctions
 from prefect_webapi_aws.athena import AthenaPlugin
-from prefect_webapi_aws.sigv4 import Signer
+from prefect_webapi_aws.sigv4 import Signer, error_of
 from prefect_webapi_databricks import Databricks
-from prefect_webapi_gcp import BigQuery
+from prefect_webapi_databricks import plugin as databricks
+from prefect_webapi_gcp import BigQuery, bigquery
 from prefect_webapi_snowflake import Snowflake, SnowflakeJob
 from prefect_webapi_snowflake.auth import KeyPair
 from prefect_webapi_snowflake.models import StatementHandle, StatementView
@@ -40,6 +42,10 @@ from tests.support.engine import FolderOutputs, NoSecrets, request
 CANARY = "c4n4ry-w0rd"
 HANDLE = "01b2c3d4-0000-0000-0000-000000000000"
 REQUEST = Outgoing("POST", "https://states.us-east-1.amazonaws.com/", {}, b"{}")
+
+
+def aws_judge(answer: Answer, _: str) -> RemoteError | None:
+    return error_of(answer)
 
 
 @pytest.mark.parametrize(
@@ -108,6 +114,15 @@ async def test_a_key_that_is_not_rsa_is_refused() -> None:
 
 
 # --- answers -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("judge", [aws_judge, databricks.judge, bigquery.judge])
+@pytest.mark.parametrize("body", [b"<html>Not Found</html>", b"[]", b""])
+def test_a_page_that_is_missing_is_no_job_that_vanished(judge: Judge, body: bytes) -> None:
+    """REQ-58: what a proxy or a wrong address answers tells nothing of the job, which would be made anew."""
+    error = judge(Answer(404, {}, body), "GET")
+    assert type(error) is RemoteSystemError
+    assert not error.job_may_exist
 
 
 def view(spec: JobSpec[Any], task_type: str) -> TaskView:
