@@ -236,9 +236,7 @@ def judge(answer: Answer, method: str) -> RemoteError | None:
         code == "INVALID_PARAMETER_VALUE" and NO_SUCH_RUN.search(error.message)
     ):
         return NotFound(error.message, code=code)
-    if (
-        isinstance(error, NotFound) and not code
-    ):  # not Databricks' words: nothing is known of the run
+    if isinstance(error, NotFound) and not code:  # not of Databricks: it tells nothing of the run
         return RemoteSystemError(error.message, code="HTTP404", job_may_exist=False)
     if isinstance(error, AlreadyExists):  # ABORTED: two requests have met, and the token tells
         return RemoteSystemError(error.message, code=code)
