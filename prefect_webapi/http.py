@@ -294,9 +294,8 @@ class RemoteClient:
         elif form is not None:
             content = urlencode({name: _plain(value) for name, value in form.items()}).encode()
             kind = "application/x-www-form-urlencoded"
-        sent = {**self._headers, **_sendable(headers or {})}
-        if kind:
-            sent.setdefault("Content-Type", kind)
+        own = {"Content-Type": kind} if kind else {}
+        sent = _merged(own, self._headers, _sendable(headers or {}))
         asked = {key: _plain(value) for key, value in (params or {}).items() if value is not None}
         try:
             url = httpx.URL(self._base_url + path)
@@ -307,7 +306,7 @@ class RemoteClient:
         mask = self._mask.with_more(
             _secrets_of({**(headers or {}), **_texts(params), **(form or {}), **fresh})
         )
-        sent |= _sendable(fresh)
+        sent = _merged(sent, _sendable(fresh))
         try:
             async with self._opened().stream(
                 method, url, content=content or None, headers=sent
@@ -573,6 +572,12 @@ def _sendable(headers: Mapping[str, str | SecretStr]) -> dict[str, str]:
                 "outside ASCII. Was a secret pasted or read with its line end?"
             )
     return plain
+
+
+def _merged(*given: Mapping[str, str]) -> dict[str, str]:
+    """Each header once, however its name is written: the last one counts."""
+    pairs = {name.lower(): (name, value) for each in given for name, value in each.items()}
+    return dict(pairs.values())
 
 
 def _encoded(data: Any) -> bytes:

@@ -192,6 +192,12 @@ class Create(Request):
         return self
 
     @property
+    def handle_is_key(self) -> bool:
+        """Whether the handle of a job that has our key is known without an answer: inputs alone name anybody's job."""
+        sources = [*self.handle.values()]
+        return all(isinstance(s, str) and "{{" in s for s in sources) and _has_key(sources)
+
+    @property
     def keyed(self) -> Request:
         """The request with the key's template in its place."""
         match self.idempotency:

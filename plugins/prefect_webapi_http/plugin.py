@@ -134,7 +134,7 @@ class HttpJobPlugin(AsyncPlugin[JobHandle, Any]):
         try:
             answer = await self._ask(self._create, values)
         except AlreadyExists as met:
-            if all(isinstance(s, str) and "{{" in s for s in create.handle.values()):
+            if create.handle_is_key:
                 met.handle = _handle(create.handle, values)
             raise
         reads = create.snapshot_in_answer or any(map(_is_pointer, create.handle.values()))

@@ -10,7 +10,7 @@ import httpx
 import pytest
 from pydantic import HttpUrl, SecretStr, ValidationError
 
-from prefect_webapi import Phase, RemoteClient, RemoteSystemError
+from prefect_webapi import AlreadyExists, Outgoing, Phase, RemoteClient, RemoteSystemError
 from prefect_webapi.auth import ClientCredentials
 from prefect_webapi.contract.task import TaskExecutionMetadata
 from prefect_webapi_flyte.models import fits
@@ -40,11 +40,11 @@ def plugin_on(answer: Callable[[httpx.Request], httpx.Response], **changes: Any)
     return plugin
 
 
-def context(**more: Any) -> Any:
+def context(job: HttpJob | None = None, **more: Any) -> Any:
     told = TaskExecutionMetadata(generated_name="jabc", fingerprint="f" * 64)
 
-    def spec(model: type[HttpJob]) -> HttpJob:
-        return model()
+    def spec(_: type[HttpJob]) -> HttpJob:
+        return job or HttpJob()
 
     return SimpleNamespace(spec=spec, task_execution_metadata=told, **more)
 
@@ -122,3 +122,46 @@ def test_an_empty_collection_is_of_each_type_wherever_it_lies(
 ) -> None:
     """A job that succeeded would count as failed."""
     assert fits(value, declared) is does
+
+
+@pytest.mark.parametrize(
+    ("handle", "known"),
+    [("{{ .inputs.name }}", None), ("{{ .perRetryUniqueKey }}", JobHandle(fields={"id": "jabc"}))],
+)
+async def test_a_job_met_under_a_name_that_is_not_its_key_is_not_taken_for_ours(
+    handle: str, known: JobHandle | None
+) -> None:
+    """REQ-34: it may be anybody's, and would be deleted with ours."""
+    plugin = plugin_on(
+        lambda _: httpx.Response(409),
+        create={"path": "/jobs/{{ .inputs.name }}", "handle": {"id": handle}},
+    )
+    with pytest.raises(AlreadyExists) as caught:
+        await plugin.create(context(HttpJob(inputs={"name": "nightly"})))
+    assert caught.value.handle == known
+    await plugin.aclose()
+
+
+async def test_a_header_is_sent_once_however_its_name_is_written() -> None:
+    """The later word counts, and credentials over all."""
+    seen: list[list[tuple[str, str]]] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        seen.append(request.headers.multi_items())
+        return httpx.Response(200, json={})
+
+    async def auth(_: Outgoing) -> dict[str, str]:
+        return {"Authorization": "Bearer fresh"}
+
+    client = RemoteClient(
+        URL, headers={"x-team": "a"}, auth=auth, transport=httpx.MockTransport(answer)
+    )
+    given = {"X-Team": "b", "content-type": "application/vnd.x+json", "authorization": "none"}
+    await client.post("/jobs", json={}, headers=given)
+    await client.aclose()
+    ours = ("x-team", "content-type", "authorization")
+    assert sorted(item for item in seen[0] if item[0] in ours) == [
+        ("authorization", "Bearer fresh"),
+        ("content-type", "application/vnd.x+json"),
+        ("x-team", "b"),
+    ]
