@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -13,6 +14,7 @@ import flyteidl.service.agent_pb2_grpc as services  # pyright: ignore[reportMiss
 import grpc
 import grpc.aio
 from flyteidl.core.literals_pb2 import LiteralMap
+from google.protobuf.message import DecodeError
 from google.rpc.error_details_pb2 import RetryInfo
 from google.rpc.status_pb2 import Status
 
@@ -248,8 +250,9 @@ def _retry_after(error: Any) -> timedelta | None:
     """From the trailer in which gRPC's servers put the details of a status."""
     for name, value in error.trailing_metadata() or ():
         if name == "grpc-status-details-bin" and isinstance(value, bytes):
-            for detail in Status.FromString(value).details:
-                info = RetryInfo()
-                if detail.Unpack(info):
-                    return info.retry_delay.ToTimedelta()
+            with suppress(DecodeError):  # it throttles, whatever it adds
+                for detail in Status.FromString(value).details:
+                    info = RetryInfo()
+                    if detail.Unpack(info):
+                        return info.retry_delay.ToTimedelta()
     return None

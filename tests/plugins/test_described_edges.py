@@ -6,13 +6,22 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, cast
 
+import grpc
 import httpx
 import pytest
 from pydantic import HttpUrl, SecretStr, ValidationError
 
-from prefect_webapi import AlreadyExists, Outgoing, Phase, RemoteClient, RemoteSystemError
+from prefect_webapi import (
+    AlreadyExists,
+    Outgoing,
+    Phase,
+    RemoteClient,
+    RemoteSystemError,
+    Throttled,
+)
 from prefect_webapi.auth import ClientCredentials
 from prefect_webapi.contract.task import TaskExecutionMetadata
+from prefect_webapi_flyte.connector import _error_of  # pyright: ignore[reportPrivateUsage]
 from prefect_webapi_flyte.models import fits
 from prefect_webapi_http import HttpJob, HttpJobApi
 from prefect_webapi_http.models import JobHandle
@@ -165,3 +174,13 @@ async def test_a_header_is_sent_once_however_its_name_is_written() -> None:
         ("content-type", "application/vnd.x+json"),
         ("x-team", "b"),
     ]
+
+
+def test_a_connector_that_throttles_with_unreadable_details_throttles() -> None:
+    """REQ-83: else a create that was refused counts as one of unknown outcome."""
+    error = SimpleNamespace(
+        code=lambda: grpc.StatusCode.RESOURCE_EXHAUSTED,
+        details=lambda: "too many",
+        trailing_metadata=lambda: (("grpc-status-details-bin", b"\xff"),),
+    )
+    assert isinstance(_error_of(error), Throttled)
