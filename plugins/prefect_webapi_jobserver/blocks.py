@@ -20,7 +20,7 @@ class JobServer(Block):
         ```
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
     _block_type_name = "Job Server"
     _block_type_slug = "job-server"
     _logo_url = HttpUrl(f"{_REPOSITORY}/raw/main/docs/img/job-server.png")

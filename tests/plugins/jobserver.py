@@ -17,6 +17,7 @@ class JobServerService(Service):
 
     def __init__(self, server: EmbeddedJobServer) -> None:
         self.server = server
+        self.url = server.url
 
     def reset(self) -> None:
         self.server.reset()
@@ -35,18 +36,24 @@ class JobServerService(Service):
 
     def spoil(self, fault: Fault) -> None:
         reply = fault.reply
-        for op in ("get", "batch") if fault.op == "get" else (fault.op,):
-            self.server.fault(
-                cast(Any, op),
-                skip=fault.skip,
-                times=fault.times,
-                after_acceptance=fault.carried_out,
-                drop=reply is None,
-                status=None if reply is None else reply.status,
-                headers={} if reply is None else reply.headers,
-                body=None if reply is None else reply.content.decode(),
-                retry_after=None if reply is None else reply.headers.get("Retry-After"),
-            )
+        body, garbage = None, None
+        if reply is not None:
+            try:
+                body = reply.content.decode()
+            except UnicodeDecodeError:
+                garbage = "charset"
+        self.server.fault(
+            cast(Any, "batch" if fault.op == "get_many" else fault.op),
+            skip=fault.skip,
+            times=fault.times,
+            after_acceptance=fault.carried_out,
+            drop=reply is None,
+            status=None if reply is None else reply.status,
+            headers={} if reply is None else reply.headers,
+            body=body,
+            garbage=garbage,
+            retry_after=None if reply is None else reply.headers.get("Retry-After"),
+        )
 
     def forget(self) -> None:
         for job in self.server.jobs():

@@ -9,17 +9,21 @@ from __future__ import annotations
 import asyncio
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Generator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from inspect import isawaitable
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, cast
 
 import pytest
+from PIL import Image
+from prefect.blocks.core import Block
+from prefect.testing.standard_test_suites.blocks import BlockStandardTestSuite
 from pydantic import BaseModel
 
 from prefect_webapi import (
     AsyncPlugin,
+    ConfigurationError,
     EngineSettings,
     ErrorKind,
     Guarantee,
@@ -28,6 +32,7 @@ from prefect_webapi import (
     PhaseInfo,
     PluginConfig,
     PluginEntry,
+    RemoteSystemError,
 )
 from prefect_webapi.contract.keys import Fingerprint, JobKey
 from prefect_webapi.contract.plugin import overrides
@@ -43,8 +48,10 @@ __all__ = [
     "CANARY",
     "MESSAGE",
     "WITHIN",
+    "BlockSuite",
     "Op",
     "Outcome",
+    "OverHttp",
     "PluginSuite",
     "Row",
     "Service",
@@ -55,6 +62,8 @@ CANARY = "canary-4b1d-of-the-credentials"
 """Part of every secret that a connection of these tests holds."""
 WITHIN = 30.0
 HINT = 1.0
+NOWHERE = "http://127.0.0.1:9"
+REPOSITORY = Path(__file__).parents[2]
 MESSAGE = "no such table: sales_of_2031"
 
 Op = Literal["create", "get", "get_many", "find", "delete", "outputs", "token"]
@@ -63,8 +72,21 @@ Row = tuple[Any, Phase, ErrorKind | None]
 """A snapshot, the phase that it must be judged to be, and whose fault it is (None: nothing failed)."""
 
 
+class BlockSuite(BlockStandardTestSuite):
+    """REQ-52: Prefect's own demands on a block, which a fixture `block` gives."""
+
+    def test_has_a_valid_image(self, block: type[Block]) -> None:
+        """The address is that of a file here; the file is checked, not the network."""
+        url = str(block._logo_url)  # pyright: ignore[reportPrivateUsage] - Prefect's name for it
+        with Image.open(REPOSITORY / url.partition("/main/")[2]) as image:
+            assert image.width == image.height
+            assert 45 < image.width < 1000
+
+
 class Service(Protocol):
     """How the suite steers and asks a service: what each of them must understand. `tests.servers.base.Server` does."""
+
+    url: str
 
     def reset(self) -> None:
         """No jobs, no faults, an empty log."""
@@ -497,6 +519,73 @@ class PluginSuite(ABC):
         texts = [caplog.text, repr(told), repr(refused), repr(echoed), repr(block), str(block)]
         texts += contents(tmp_path)
         assert not [text[:300] for text in texts if CANARY in text]
+
+
+class OverHttp(PluginSuite):
+    """What a plugin must do besides if its service speaks HTTP."""
+
+    async def test_a_redirect_is_not_followed(self, service: Service, tmp_path: Path) -> None:
+        """CASE-255: it would carry the credentials along."""
+        elsewhere = Reply(307, b"", {"Location": NOWHERE})
+        service.spoil(Fault("create", elsewhere, times=100))
+        with self.host(tmp_path, service) as host:
+            outcome = await self.outcome(host, self.job())
+        assert outcome.info.phase is Phase.PERMANENT_FAILURE, outcome.info
+        assert (service.made(), len(service.times("create"))) == (0, 1)
+
+    @pytest.mark.parametrize(
+        "body", [b"<html>Bad Gateway</html>", b"", b'{"state": "runn', b'{"state": "l\xe4uft"}']
+    )
+    async def test_a_read_without_sense_loses_no_job(
+        self, service: Service, tmp_path: Path, body: bytes
+    ) -> None:
+        """CASE-254: a proxy's page, nothing at all, half an answer, another charset."""
+        for op in ("get", "get_many"):
+            service.spoil(Fault(op, Reply(200, body)))
+        with self.host(tmp_path, service, speed=10) as host:
+            outcome = await self.outcome(host, self.job(result="the figures"))
+        assert outcome.info.phase is Phase.SUCCESS, outcome.info
+        assert "the figures" in str(outcome.value)
+        assert service.made() == 1
+
+    async def test_where_nobody_listens_nothing_was_made(self, service: Service) -> None:
+        """CASE-260: known, so the create is repeated."""
+        async with self.plugin_at(service, NOWHERE) as plugin:
+            with pytest.raises(RemoteSystemError) as caught:
+                await plugin.create(self.view(self.job()))
+        assert not caught.value.job_may_exist
+
+    async def test_credentials_do_not_travel_in_the_clear(self, service: Service) -> None:
+        """CASE-258: unless the connection allows it."""
+        with pytest.raises(ConfigurationError, match="allow_insecure"):
+            async with self.plugin_at(service, "http://jobs.example.com"):
+                pass
+        async with self.plugin_at(service, "http://jobs.example.com", allow_insecure=True):
+            pass
+
+    @asynccontextmanager
+    async def plugin_at(
+        self, service: Service, url: str, *, allow_insecure: bool = False
+    ) -> AsyncGenerator[AsyncPlugin[Any, Any]]:
+        settings = EngineSettings(allow_insecure=allow_insecure)
+        block = self.connection(_Elsewhere(service, url), PluginConfig(), settings)
+        made: Any = self.entry.plugin_loader(_Setup(block))
+        plugin: AsyncPlugin[Any, Any] = await made if isawaitable(made) else made
+        try:
+            yield plugin
+        finally:
+            await plugin.aclose()
+
+
+class _Elsewhere:
+    """A service at another address than its own."""
+
+    def __init__(self, service: Service, url: str) -> None:
+        self._service = service
+        self.url = url
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._service, name)
 
 
 class _Setup:

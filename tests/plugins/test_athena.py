@@ -14,7 +14,7 @@ from prefect_webapi import AlreadyExists, EngineSettings, NotFound, Phase, Plugi
 from prefect_webapi.engine.contexts import DeleteView, GetView
 from prefect_webapi_aws import Athena, AthenaQuery, QueryResult, athena_entry
 from prefect_webapi_aws.athena import AthenaError, AthenaPlugin, Query, QueryHandle
-from tests.plugins.suite import CANARY, MESSAGE, Outcome, PluginSuite
+from tests.plugins.suite import CANARY, MESSAGE, Outcome, OverHttp
 from tests.servers.athena import AthenaServer
 from tests.servers.aws import REGION, refused
 from tests.servers.base import Fault, Reply
@@ -34,7 +34,7 @@ def failed(category: int, *, retryable: bool = False) -> Query:
     return Query(state="FAILED", error=AthenaError(category=category, retryable=retryable))
 
 
-class TestAthena(PluginSuite):
+class TestAthena(OverHttp):
     entry = athena_entry
     plugin_class = AthenaPlugin
     rows = (

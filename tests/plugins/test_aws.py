@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 from prefect.blocks.core import Block
-from prefect.testing.standard_test_suites.blocks import BlockStandardTestSuite
 from pydantic import SecretStr, ValidationError
 
 from prefect_webapi import (
@@ -37,28 +35,18 @@ from prefect_webapi_aws import (
     step_functions_entry,
 )
 from prefect_webapi_aws.sigv4 import Signer, error_of
+from tests.plugins.suite import BlockSuite
 
-REPOSITORY = Path(__file__).parents[2]
 REQUEST = Outgoing(
     "POST", "https://states.us-east-1.amazonaws.com/", {"X-Amz-Target": "a.b"}, b"{}"
 )
 
 
 @pytest.mark.parametrize("block", [StepFunctions, Athena])
-class TestBlocks(BlockStandardTestSuite):
-    """REQ-52: Prefect's own demands on a block."""
-
+class TestBlocks(BlockSuite):
     @pytest.fixture
     def block(self, request: pytest.FixtureRequest) -> type[Block]:
         return request.param
-
-    def test_has_a_valid_image(self, block: type[Block]) -> None:
-        """The address is that of a file here; the file is checked, not the network."""
-        url = str(block._logo_url)  # pyright: ignore[reportPrivateUsage] - Prefect's name for it
-        image = Image.open(REPOSITORY / url.partition("/main/")[2])
-        assert image.width == image.height
-        assert 45 < image.width < 1000
-        image.close()
 
 
 def test_each_entry_is_announced_under_its_id() -> None:

@@ -12,9 +12,7 @@ from runpy import run_path
 from typing import Any
 
 import pytest
-from PIL import Image
 from prefect.blocks.core import Block
-from prefect.testing.standard_test_suites.blocks import BlockStandardTestSuite
 from pydantic import HttpUrl, SecretStr, ValidationError
 
 from prefect_webapi import (
@@ -41,32 +39,22 @@ from prefect_webapi_gcp.bigquery import (
 )
 from prefect_webapi_gcp.models import JobHandle, JobView
 from prefect_webapi_gcp.rows import record
-from tests.plugins.suite import CANARY, WITHIN, Outcome, PluginSuite
+from tests.plugins.suite import CANARY, WITHIN, BlockSuite, Outcome, OverHttp
 from tests.servers.base import Fault, Reply
 from tests.servers.bigquery import BigQueryServer
 from tests.support.engine import Told
 from tests.support.waiting import eventually
 from tests.support.witness import records
 
-REPOSITORY = Path(__file__).parents[2]
 PROJECT = "local-project"
 REGION = "europe-west3"  # neither US nor EU: every call needs the location
 HANDLE = JobHandle(project=PROJECT, location=REGION, job_id="nobody")
 
 
-class TestBigQueryBlock(BlockStandardTestSuite):
-    """REQ-52: Prefect's own demands on a block."""
-
+class TestBigQueryBlock(BlockSuite):
     @pytest.fixture
     def block(self) -> type[Block]:
         return BigQuery
-
-    def test_has_a_valid_image(self, block: type[Block]) -> None:
-        """The address is that of a file here; the file is checked, not the network."""
-        url = str(block._logo_url)  # pyright: ignore[reportPrivateUsage] - Prefect's name for it
-        with Image.open(REPOSITORY / url.partition("/main/")[2]) as image:
-            assert image.width == image.height
-            assert 45 < image.width < 1000
 
 
 def view(state: str = "DONE", reason: str = "", message: str = "", **more: Any) -> JobView:
@@ -84,7 +72,7 @@ def refusal(status: int, reason: str, message: str = "no") -> Reply:
     return Reply(status, {"error": {"code": status, "message": message, "errors": [error]}})
 
 
-class TestBigQuery(PluginSuite):
+class TestBigQuery(OverHttp):
     entry = entry
     plugin_class = BigQueryPlugin
     rows = (

@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 from prefect.blocks.core import Block
-from prefect.testing.standard_test_suites.blocks import BlockStandardTestSuite
 from pydantic import HttpUrl, SecretStr, ValidationError
 
 from prefect_webapi import (
@@ -42,7 +40,7 @@ from prefect_webapi_databricks import (
 )
 from prefect_webapi_databricks.models import Run, RunHandle
 from prefect_webapi_databricks.plugin import DatabricksPlugin, judge
-from tests.plugins.suite import CANARY, MESSAGE, Outcome, PluginSuite, Row
+from tests.plugins.suite import CANARY, MESSAGE, BlockSuite, Outcome, OverHttp, Row
 from tests.servers.base import Fault, Reply
 from tests.servers.databricks import FIRST_RUN_ID, JOB_ID, TOKEN, DatabricksServer
 from tests.support.engine import QUICK, Told, engine, request
@@ -54,19 +52,10 @@ CLIENT = "5d1c7b0e-service-principal"
 WITHIN = 20.0
 
 
-class TestDatabricksBlock(BlockStandardTestSuite):
-    """REQ-52: Prefect's own demands on a block."""
-
+class TestDatabricksBlock(BlockSuite):
     @pytest.fixture
     def block(self) -> type[Block]:
         return Databricks
-
-    def test_has_a_valid_image(self, block: type[Block]) -> None:
-        """The address is that of a file here; the file is checked, not the network."""
-        url = str(block._logo_url)  # pyright: ignore[reportPrivateUsage] - Prefect's name for it
-        with Image.open(REPOSITORY / url.partition("/main/")[2]) as image:
-            assert image.width == image.height
-            assert 45 < image.width < 1000
 
 
 # --- what a run tells ------------------------------------------------------------------------
@@ -173,7 +162,7 @@ def notebook(key: str = "main", **does: str) -> dict[str, Any]:
     return {"task_key": key, "notebook_task": task}
 
 
-class TestDatabricks(PluginSuite):
+class TestDatabricks(OverHttp):
     """With a personal access token."""
 
     entry = entry
@@ -254,7 +243,7 @@ class TestDatabricksOAuth(TestDatabricks):
 
 
 _ABOUT_TOKENS = ("token", "credential", "secret", "first_call")
-for _name in dir(PluginSuite):
+for _name in dir(OverHttp):
     if _name.startswith("test_") and not any(word in _name for word in _ABOUT_TOKENS):
         setattr(TestDatabricksOAuth, _name, None)
 

@@ -22,9 +22,7 @@ from flyteidl.core.execution_pb2 import TaskExecution, TaskLog
 from google.protobuf.json_format import MessageToDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from prefect.blocks.core import Block
-from prefect.testing.standard_test_suites.blocks import BlockStandardTestSuite
 from pydantic import BaseModel, SecretStr, ValidationError
 
 from prefect_webapi import (
@@ -58,6 +56,7 @@ from tests.plugins.suite import (
     CANARY,
     MESSAGE,
     WITHIN,
+    BlockSuite,
     Outcome,
     PluginSuite,
     Service,
@@ -146,20 +145,10 @@ def told_by(ended: Ended) -> str:
     return ended.info.err.message
 
 
-class TestFlyteConnectorBlock(BlockStandardTestSuite):
-    """REQ-52: Prefect's own demands on a block."""
-
+class TestFlyteConnectorBlock(BlockSuite):
     @pytest.fixture
     def block(self) -> type[Block]:
         return FlyteConnector
-
-    def test_has_a_valid_image(self, block: type[Block]) -> None:
-        """The address is that of a file here; the file is checked, not the network."""
-        url = str(block._logo_url)  # pyright: ignore[reportPrivateUsage] - Prefect's name for it
-        image = Image.open(REPOSITORY / url.partition("/main/")[2])
-        assert image.width == image.height
-        assert 45 < image.width < 1000
-        image.close()
 
 
 class TestFlyteConnector(PluginSuite):

@@ -15,9 +15,7 @@ from typing import Any, ClassVar
 
 import pytest
 import yaml
-from PIL import Image
 from prefect.blocks.core import Block
-from prefect.testing.standard_test_suites.blocks import BlockStandardTestSuite
 from pydantic import HttpUrl, SecretStr, ValidationError
 
 from prefect_webapi import (
@@ -44,7 +42,7 @@ from prefect_webapi_http import HttpJob, HttpJobApi, JobApi, entry, models
 from prefect_webapi_http.models import KEY, JobHandle
 from prefect_webapi_http.plugin import HttpJobPlugin
 from tests.plugins.jobserver import JobServerService
-from tests.plugins.suite import CANARY, MESSAGE, Outcome, PluginSuite, Row, Service
+from tests.plugins.suite import CANARY, MESSAGE, BlockSuite, Outcome, OverHttp, Row, Service
 from tests.servers.base import Fault, Reply, Server
 from tests.servers.message_queue import MessageQueue
 from tests.servers.task_farm import TEAM, TaskFarm
@@ -68,26 +66,16 @@ def described(name: str, **changes: Any) -> dict[str, Any]:
     return api
 
 
-class TestHttpJobApiBlock(BlockStandardTestSuite):
-    """REQ-52: Prefect's own demands on a block."""
-
+class TestHttpJobApiBlock(BlockSuite):
     @pytest.fixture
     def block(self) -> type[Block]:
         return HttpJobApi
-
-    def test_has_a_valid_image(self, block: type[Block]) -> None:
-        """The address is that of a file here; the file is checked, not the network."""
-        url = str(block._logo_url)  # pyright: ignore[reportPrivateUsage] - Prefect's name for it
-        image = Image.open(REPOSITORY / url.partition("/main/")[2])
-        assert image.width == image.height
-        assert 45 < image.width < 1000
-        image.close()
 
 
 # --- three services by the suite -------------------------------------------------------------
 
 
-class DescribedSuite(PluginSuite):
+class DescribedSuite(OverHttp):
     """The suite for a service that a file describes."""
 
     entry = entry
@@ -165,7 +153,7 @@ class TestJobServer(DescribedSuite):
 
     def api(self, service: JobServerService) -> tuple[str, Any]:
         service.server.behave("search", token=CANARY)
-        return service.server.url, APIS / "job_server.yaml"
+        return service.url, APIS / "job_server.yaml"
 
     def job(self, outcome: Outcome = "succeed", *, result: str = "done") -> HttpJob:
         match outcome:

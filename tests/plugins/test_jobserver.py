@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 from prefect.blocks.core import Block
-from prefect.testing.standard_test_suites.blocks import BlockStandardTestSuite
 from pydantic import HttpUrl, SecretStr, ValidationError
 
 from prefect_webapi import (
@@ -29,29 +27,18 @@ from prefect_webapi_jobserver import JobServer, Report, ReportJob, entry
 from prefect_webapi_jobserver.models import JobHandle, JobView
 from prefect_webapi_jobserver.plugin import PHASES, JobServerPlugin
 from tests.plugins.jobserver import JobServerService
-from tests.plugins.suite import CANARY, MESSAGE, Outcome, PluginSuite
+from tests.plugins.suite import CANARY, MESSAGE, BlockSuite, Outcome, OverHttp
 from tests.servers.base import Reply
 from tests.support.engine import FolderOutputs, NoSecrets, request
 from tests.support.jobserver import TOKEN
 
-REPOSITORY = Path(__file__).parents[2]
 KEY, FINGERPRINT = JobKey("jkey"), Fingerprint("f" * 64)
 
 
-class TestJobServerBlock(BlockStandardTestSuite):
-    """REQ-52: Prefect's own demands on a block."""
-
+class TestJobServerBlock(BlockSuite):
     @pytest.fixture
     def block(self) -> type[Block]:
         return JobServer
-
-    def test_has_a_valid_image(self, block: type[Block]) -> None:
-        """The address is that of a file here; the file is checked, not the network."""
-        url = str(block._logo_url)  # pyright: ignore[reportPrivateUsage] - Prefect's name for it
-        image = Image.open(REPOSITORY / url.partition("/main/")[2])
-        assert image.width == image.height
-        assert 45 < image.width < 1000
-        image.close()
 
 
 def server_at(url: str) -> JobServer:
@@ -214,7 +201,7 @@ async def test_delete_hands_the_reason_on_and_does_not_mind_a_job_that_is_over(
 # --- in the engine ---------------------------------------------------------------------------
 
 
-class TestJobServer(PluginSuite):
+class TestJobServer(OverHttp):
     entry = entry
     plugin_class = JobServerPlugin
     rows = (
@@ -236,7 +223,7 @@ class TestJobServer(PluginSuite):
     def connection(self, service: JobServerService, engine: Any, settings: EngineSettings) -> Any:
         service.server.behave(token=CANARY)
         return JobServer(
-            base_url=HttpUrl(service.server.url),
+            base_url=HttpUrl(service.url),
             token=SecretStr(CANARY),
             engine=engine,
             settings=settings,

@@ -16,9 +16,7 @@ from urllib.parse import parse_qs
 from uuid import UUID
 
 import pytest
-from PIL import Image
 from prefect.blocks.core import Block
-from prefect.testing.standard_test_suites.blocks import BlockStandardTestSuite
 from pydantic import HttpUrl, SecretStr, ValidationError
 
 from prefect_webapi import (
@@ -36,30 +34,20 @@ from prefect_webapi_snowflake.auth import KeyPair
 from prefect_webapi_snowflake.models import Column, StatementHandle, StatementView
 from prefect_webapi_snowflake.plugin import SnowflakePlugin
 from prefect_webapi_snowflake.rows import records
-from tests.plugins.suite import CANARY, WITHIN, Outcome, PluginSuite, Service
+from tests.plugins.suite import CANARY, WITHIN, BlockSuite, Outcome, OverHttp, Service
 from tests.servers.base import Fault, Reply, Seen
 from tests.servers.snowflake import SnowflakeServer
 from tests.support.engine import Told
 from tests.support.waiting import eventually
 from tests.support.witness import records as ledger
 
-REPOSITORY = Path(__file__).parents[2]
 HANDLE = StatementHandle(statement="01b2c3d4-0000-0000-0000-000000000000")
 
 
-class TestSnowflakeBlock(BlockStandardTestSuite):
-    """REQ-52: Prefect's own demands on a block."""
-
+class TestSnowflakeBlock(BlockSuite):
     @pytest.fixture
     def block(self) -> type[Block]:
         return Snowflake
-
-    def test_has_a_valid_image(self, block: type[Block]) -> None:
-        """The address is that of a file here; the file is checked, not the network."""
-        url = str(block._logo_url)  # pyright: ignore[reportPrivateUsage] - Prefect's name for it
-        with Image.open(REPOSITORY / url.partition("/main/")[2]) as image:
-            assert image.width == image.height
-            assert 45 < image.width < 1000
 
 
 def view(http: int, code: str = "", state: str = "") -> StatementView:
@@ -72,7 +60,7 @@ def query_of(seen: Seen) -> dict[str, str]:
     return {name: values[0] for name, values in parse_qs(seen.query).items()}
 
 
-class TestSnowflake(PluginSuite):
+class TestSnowflake(OverHttp):
     entry = entry
     plugin_class = SnowflakePlugin
     rows = (

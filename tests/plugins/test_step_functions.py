@@ -17,7 +17,7 @@ from prefect_webapi.engine.host import Host
 from prefect_webapi.engine.request import Outcome as Ended
 from prefect_webapi_aws import StateMachineRun, StepFunctions, express_entry, step_functions_entry
 from prefect_webapi_aws.step_functions import Execution, ExecutionHandle, StepFunctionsPlugin
-from tests.plugins.suite import CANARY, MESSAGE, Outcome, PluginSuite, Service
+from tests.plugins.suite import CANARY, MESSAGE, Outcome, OverHttp, Service
 from tests.servers.aws import REGION, refused
 from tests.servers.base import Fault, Reply
 from tests.servers.step_functions import EXPRESS, MACHINE, StepFunctionsServer
@@ -34,7 +34,7 @@ def run_of(**given: Any) -> StateMachineRun:
     return StateMachineRun(state_machine_arn=MACHINE, input=given)
 
 
-class TestStepFunctions(PluginSuite):
+class TestStepFunctions(OverHttp):
     entry = step_functions_entry
     plugin_class = StepFunctionsPlugin
     rows = (
