@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Collection, Sequence
 from datetime import datetime
 from typing import Any
@@ -84,7 +85,9 @@ class SqlStore(SqlReader):
         self._writer = Writer(self._backend, self._engine, self._reader, clock)
 
     async def open(self) -> None:
-        await anyio.to_thread.run_sync(self._backend.make_directory)
+        await asyncio.to_thread(
+            self._backend.make_directory
+        )  # its thread is joined when the loop ends
         await self._open(self._bring_up_to_date)
         self._writer.start()
 
