@@ -31,7 +31,7 @@ class FlyteConnector(Block):
         ```
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
     _block_type_name = "Flyte Connector"
     _block_type_slug = "flyte-connector"
     _logo_url = HttpUrl(f"{_REPOSITORY}/raw/main/docs/img/flyte-connector.png")

@@ -23,7 +23,7 @@ class HttpJobApi(Block):
         ```
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
     _block_type_name = "HTTP Job API"
     _block_type_slug = "http-job-api"
     _logo_url = HttpUrl(f"{_REPOSITORY}/raw/main/docs/img/http-job-api.png")
