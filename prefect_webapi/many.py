@@ -54,9 +54,7 @@ async def run_many(
             raise_on_failure=raise_on_failure,
         )
 
-    one = Task[
-        ..., Any
-    ](
+    one: Task[..., Any] = Task(
         many,
         name=f"{task.name} x {len(wanted)}",
         tags=task.tags,

@@ -10,11 +10,11 @@ import asyncio
 import inspect
 import logging
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Awaitable, Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast
 from uuid import uuid4
 
 import anyio
@@ -41,24 +41,23 @@ from prefect_webapi.contract.task import JobSpec
 from prefect_webapi.engine.request import Caller, JobRequest, Outcome, Overrides, Reporter
 
 if TYPE_CHECKING:  # the engine itself is loaded by the first job
-    from prefect_webapi.engine.host import Ticket
+    from prefect_webapi.engine.host import Ticket, Waiting
 
 __all__ = [
     "Call",
     "Job",
     "Unsaved",
-    "interrupted",
-    "interrupted_end",
-    "left",
+    "driven",
     "request_of",
     "run_async",
     "run_sync",
-    "told",
     "until_stopped",
     "watched",
 ]
 
 logger = logging.getLogger(__name__)
+
+WaitT = TypeVar("WaitT", bound="Waiting")
 
 STORE_SECONDS = 5.0
 CANCEL_SECONDS = 25.0
@@ -107,10 +106,10 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
-    """One attempt of a task run that waits for its job."""
+class Call(Generic[WaitT]):
+    """One attempt of a task run that waits for its job, or its jobs."""
 
-    ticket: Ticket
+    ticket: WaitT
     reporter: TaskRunReporter
     job: Job
     forget: Callable[[], None]
@@ -138,20 +137,36 @@ async def run_async(
     spec, context = _checked(job, described), _own_context(job)
     if context is None:
         return spec
-    call: Call | None = None
+
+    async def end(call: Call[Ticket]) -> State[Any]:
+        return states.ending(await call.ticket.outcome())
+
+    return await driven(load, lambda engine: _admit(job, spec, context, engine), end)
+
+
+async def driven(
+    load: Callable[[], Options],
+    admit: Callable[[Engine], Call[WaitT]],
+    end: Callable[[Call[WaitT]], Awaitable[State[Any]]],
+) -> State[Any]:
+    """Hand over, wait, and end as the remote side or an interrupt says.
+
+    Args:
+        end: waits, and tells the state to end in.
+    """
+    call: Call[WaitT] | None = None
     began = time.monotonic()
     service.listen()
     try:
         try:
-            engine = service.started() or await anyio.to_thread.run_sync(service.start, load)
-            call = _admit(job, spec, context, engine)
-            return await told(states.ending(await call.ticket.outcome()))
+            call = admit(service.started() or await anyio.to_thread.run_sync(service.start, load))
+            return await _told(await end(call))
         except INTERRUPTS as interrupt:
-            cause = interrupted(call, interrupt, began)
+            cause = _interrupted(call, interrupt, began)
             outcome = await until_stopped(call) if call and not cause.leaves_job else None
-            return await told(interrupted_end(call, cause, outcome, interrupt))
+            return await _told(_interrupted_end(call, cause, outcome, interrupt))
     except EngineClosed as error:
-        return await told(left(error))
+        return await _told(_left(error))
     finally:
         if call is not None:
             call.close()
@@ -168,7 +183,7 @@ def run_sync(
     spec, context = _checked(job, described), _own_context(job)
     if context is None:
         return spec
-    call: Call | None = None
+    call: Call[Ticket] | None = None
     began = time.monotonic()
     service.listen()
     try:
@@ -176,11 +191,11 @@ def run_sync(
             call = _admit(job, spec, context, service.start(load))
             return _told_blocking(states.ending(call.ticket.outcome_blocking()))
         except INTERRUPTS as interrupt:
-            cause = interrupted(call, interrupt, began)
+            cause = _interrupted(call, interrupt, began)
             outcome = _until_stopped_blocking(call) if call and not cause.leaves_job else None
-            return _told_blocking(interrupted_end(call, cause, outcome, interrupt))
+            return _told_blocking(_interrupted_end(call, cause, outcome, interrupt))
     except EngineClosed as error:
-        return _told_blocking(left(error))
+        return _told_blocking(_left(error))
     finally:
         if call is not None:
             call.close()
@@ -207,7 +222,7 @@ def _checked(job: Job, described: Any) -> JobSpec[Any]:
     )
 
 
-def _admit(job: Job, spec: JobSpec[Any], context: TaskRunContext, engine: Engine) -> Call:
+def _admit(job: Job, spec: JobSpec[Any], context: TaskRunContext, engine: Engine) -> Call[Ticket]:
     own = getattr(context.task, "job", job)  # with_options changed the task, not the function
     run: TaskRun = context.task_run
     reporter = TaskRunReporter(engine.display)
@@ -256,12 +271,12 @@ def request_of(
 
 def watched(
     engine: Engine,
-    ticket: Ticket,
+    ticket: WaitT,
     reporter: TaskRunReporter,
     own: Job,
     who: Caller,
     run: TaskRun,
-) -> Call:
+) -> Call[WaitT]:
     """The call, over whose flow runs is watched until it is closed."""
     forget = engine.watch.add(
         ticket,
@@ -279,11 +294,11 @@ def _inputs(parameters: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def left(error: EngineClosed) -> State[Any]:
+def _left(error: EngineClosed) -> State[Any]:
     return Crashed(message=str(error), data=error)
 
 
-async def told(state: State[Any]) -> State[Any]:
+async def _told(state: State[Any]) -> State[Any]:
     """The end as Prefect gets it; it may be read in another process where results are persisted."""
     record = _apart(state)
     if record is not None:
@@ -327,7 +342,7 @@ def _not_vital() -> Generator[None]:
 # --- interrupts ----------------------------------------------------------------------------------------
 
 
-def interrupted(call: Call | None, interrupt: BaseException, began: float) -> Cause:
+def _interrupted(call: Call[Any] | None, interrupt: BaseException, began: float) -> Cause:
     """Tell the engine what shall become of the job."""
     cause = cause_of(interrupt, heard=service.signal_since(began))
     if call is None:
@@ -344,8 +359,8 @@ def interrupted(call: Call | None, interrupt: BaseException, began: float) -> Ca
     return cause
 
 
-def interrupted_end(
-    call: Call | None, cause: Cause, outcome: Outcome | None, interrupt: BaseException
+def _interrupted_end(
+    call: Call[Any] | None, cause: Cause, outcome: Outcome | None, interrupt: BaseException
 ) -> State[Any]:
     """The state to end in; or the interrupt goes on, where Prefect has its own end for it."""
     if cause.leaves_job or cause.is_task_timeout:
@@ -353,7 +368,7 @@ def interrupted_end(
     return states.cancelled(cause.reason, outcome, by=interrupt, was_admitted=call is not None)
 
 
-async def until_stopped(call: Call) -> Outcome | None:
+async def until_stopped(call: Call[Any]) -> Outcome | None:
     """How the job ended; None when that isn't known in time. The delete goes on in any case."""
     with anyio.CancelScope(shield=True), anyio.move_on_after(CANCEL_SECONDS):
         try:
@@ -363,7 +378,7 @@ async def until_stopped(call: Call) -> Outcome | None:
     return None
 
 
-def _until_stopped_blocking(call: Call) -> Outcome | None:
+def _until_stopped_blocking(call: Call[Ticket]) -> Outcome | None:
     try:
         return call.ticket.outcome_blocking()
     except Exception:  # noqa: BLE001 - as above

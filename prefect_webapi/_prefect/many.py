@@ -7,34 +7,22 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import anyio.to_thread
 from prefect.client.schemas.objects import State
 from prefect.context import TaskRunContext
 from prefect.states import Completed, Failed
 
-from prefect_webapi._prefect import service, states
-from prefect_webapi._prefect.body import (
-    Call,
-    Job,
-    interrupted,
-    interrupted_end,
-    left,
-    request_of,
-    told,
-    until_stopped,
-    watched,
-)
-from prefect_webapi._prefect.causes import INTERRUPTS
+from prefect_webapi._prefect import states
+from prefect_webapi._prefect.body import Call, Job, driven, request_of, watched
 from prefect_webapi._prefect.identity import caller, chain_here
 from prefect_webapi._prefect.options import Options
 from prefect_webapi._prefect.reports import ManyReporter
+from prefect_webapi._prefect.service import Engine
 from prefect_webapi.contract.errors import EngineClosed
 from prefect_webapi.contract.phase import Phase
 from prefect_webapi.contract.task import JobSpec
@@ -68,34 +56,24 @@ async def run_jobs(
     context = TaskRunContext.get()
     assert context is not None
     run = context.task_run
-    call: Call | None = None
-    began = time.monotonic()
-    service.listen()
-    try:
-        try:
-            engine = service.started() or await anyio.to_thread.run_sync(service.start, load)
-            reporter = ManyReporter(engine.display, len(specs))
-            who = caller(run, chain=chain_here(own=run.id), run_key=engine.run_key, retries=retries)
 
-            def request(index: int, attempt: int) -> JobRequest:
-                spec = specs[index]
-                asks = replace(who, nth=index, attempt=max(attempt, who.attempt))
-                inputs = dict(spec)
-                return request_of(job, spec, asks, reporter, task_name=name, inputs=inputs)
+    def admit(engine: Engine) -> Call[_Jobs]:
+        reporter = ManyReporter(engine.display, len(specs))
+        who = caller(run, chain=chain_here(own=run.id), run_key=engine.run_key, retries=retries)
 
-            jobs = _Jobs(engine.host, request, len(specs), retries, delays, reporter)
-            call = watched(engine, jobs, reporter, job, who, run)
-            await jobs.start()
-            return await told(_end(await jobs.outcomes(), raise_on_failure))
-        except INTERRUPTS as interrupt:
-            cause = interrupted(call, interrupt, began)
-            outcome = await until_stopped(call) if call and not cause.leaves_job else None
-            return await told(interrupted_end(call, cause, outcome, interrupt))
-    except EngineClosed as error:
-        return await told(left(error))
-    finally:
-        if call is not None:
-            call.close()
+        def request(index: int, attempt: int) -> JobRequest:
+            spec = specs[index]
+            asks = replace(who, nth=index, attempt=max(attempt, who.attempt))
+            return request_of(job, spec, asks, reporter, task_name=name, inputs=dict(spec))
+
+        jobs = _Jobs(engine.host, request, len(specs), retries, delays, reporter)
+        return watched(engine, jobs, reporter, job, who, run)
+
+    async def end(call: Call[_Jobs]) -> State[Any]:
+        await call.ticket.start()
+        return _end(await call.ticket.outcomes(), raise_on_failure)
+
+    return await driven(load, admit, end)
 
 
 def _end(outcomes: Sequence[Outcome], raise_on_failure: bool) -> State[Any]:
@@ -119,7 +97,7 @@ def _end(outcomes: Sequence[Outcome], raise_on_failure: bool) -> State[Any]:
 
 
 class _Jobs:
-    """The jobs of the task run as one ticket: what is said to it is said to all that are not over.
+    """The jobs of the task run as one (`engine.host.Waiting`): what is said to it is said to all that are not over.
 
     `start`, `outcomes` and `outcome` belong to the flow's loop, the rest to any thread.
     """
@@ -168,17 +146,11 @@ class _Jobs:
             raise self._error
         return [end for end in self._ends if end is not None]
 
-    # --- the ticket of all of them -----------------------------------------------------------
+    # --- all of them as one -----------------------------------------------------------
 
     async def outcome(self) -> Outcome:
         """One of the ends, when all are over."""
         return (await self.outcomes())[-1]
-
-    def outcome_blocking(self) -> Outcome:
-        raise NotImplementedError("many jobs are awaited")
-
-    def when_over(self, tell: Callable[[], None], /) -> None:
-        raise NotImplementedError("many jobs are awaited")
 
     def cancel(self, reason: str) -> None:
         self._say(lambda ticket: ticket.cancel(reason))

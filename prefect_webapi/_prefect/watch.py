@@ -31,7 +31,7 @@ from prefect_webapi.contract.errors import WebApiError
 
 if TYPE_CHECKING:  # the engine's parts are loaded by the first job
     from prefect_webapi._prefect.api import Api
-    from prefect_webapi.engine.host import Ticket
+    from prefect_webapi.engine.host import Waiting
 
 __all__ = ["MOST_RUNS", "Watch", "cancel_event_of", "read_flow_runs"]
 
@@ -62,7 +62,7 @@ def cancel_event_of(task_run: UUID) -> threading.Event | None:
 class _Watched:
     """A call that waits, and the flow runs whose cancellation ends it."""
 
-    ticket: Ticket
+    ticket: Waiting
     flow_runs: frozenset[str]
     flow: FlowRunContext | None
     flow_state: UUID | None  # of the flow run when the call was made
@@ -116,7 +116,7 @@ class Watch:
 
     def add(
         self,
-        ticket: Ticket,
+        ticket: Waiting,
         flow_runs: Iterable[str],
         task_run: UUID,
         *,

@@ -22,7 +22,7 @@ from prefect_webapi.engine.request import JobRequest, Outcome
 from prefect_webapi.engine.runtime import Runtime
 from prefect_webapi.engine.watchdog import watching
 
-__all__ = ["Host", "HostApi", "Ticket"]
+__all__ = ["Host", "HostApi", "Ticket", "Waiting"]
 
 logger = logging.getLogger(__name__)
 
@@ -35,19 +35,11 @@ START_SECONDS = 60.0
 STOP_SECONDS = 30.0
 
 
-class Ticket(Protocol):
-    """A call's place in the engine: thread-safe, bound to no loop."""
+class Waiting(Protocol):
+    """A task run's place in the engine: what is said to it is thread-safe."""
 
     async def outcome(self) -> Outcome:
-        """Wait on the caller's loop, whichever it is. Cancelling the wait changes nothing remotely."""
-        ...
-
-    def outcome_blocking(self) -> Outcome:
-        """Wait in the caller's thread, in short steps so that signals get through."""
-        ...
-
-    def when_over(self, tell: Callable[[], None], /) -> None:
-        """Call `tell` when the outcome is there, from any thread: it must be quick and raise nothing."""
+        """Wait on the caller's loop. Cancelling the wait changes nothing remotely."""
         ...
 
     def cancel(self, reason: str) -> None:
@@ -64,6 +56,18 @@ class Ticket(Protocol):
 
     def detach(self) -> None:
         """Leave the job as it is for the next process; the outcome raises `EngineClosed`."""
+        ...
+
+
+class Ticket(Waiting, Protocol):
+    """One call's place in the engine, bound to no loop."""
+
+    def outcome_blocking(self) -> Outcome:
+        """Wait in the caller's thread, in short steps so that signals get through."""
+        ...
+
+    def when_over(self, tell: Callable[[], None], /) -> None:
+        """Call `tell` when the outcome is there, from any thread: it must be quick and raise nothing."""
         ...
 
 
