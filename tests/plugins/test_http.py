@@ -408,7 +408,7 @@ class TestMessageQueue(DescribedSuite):
         assert caught.value.code == code
 
     @pytest.mark.parametrize("status", [301, 302, 307, 308])
-    async def test_a_redirect_is_not_followed(
+    async def test_the_target_of_a_redirect_hears_nothing(
         self, service: MessageQueue, plugin: HttpJobPlugin, status: int
     ) -> None:
         """CASE-255."""
