@@ -56,6 +56,7 @@ __all__ = [
     "Row",
     "Service",
     "contents",
+    "view_of",
 ]
 
 CANARY = "canary-4b1d-of-the-credentials"
@@ -70,6 +71,20 @@ Op = Literal["create", "get", "get_many", "find", "delete", "outputs", "token"]
 Outcome = Literal["succeed", "fail", "never", "queued"]
 Row = tuple[Any, Phase, ErrorKind | None]
 """A snapshot, the phase that it must be judged to be, and whose fault it is (None: nothing failed)."""
+
+
+def view_of(spec: JobSpec[Any], task_type: str) -> TaskView:
+    """What a plugin's methods see of a job, for tests that call them without the engine."""
+    return task_view(
+        request(spec, task_type=task_type, task_run="t"),
+        key=JobKey("jkey" + "0" * 22),
+        fingerprint=Fingerprint("f" * 64),
+        attempt=1,
+        secrets=NoSecrets(),
+        store=FolderOutputs(Path("nowhere")),
+        connection=None,
+        max_dataset_size_bytes=-1,
+    )
 
 
 class BlockSuite(BlockStandardTestSuite):
@@ -213,16 +228,7 @@ class PluginSuite(ABC):
         await plugin.aclose()
 
     def view(self, spec: JobSpec[Any]) -> TaskView:
-        return task_view(
-            request(spec, task_type=self.entry.supported_task_types[0], task_run="t"),
-            key=JobKey("jkey" + "0" * 22),
-            fingerprint=Fingerprint("f" * 64),
-            attempt=1,
-            secrets=NoSecrets(),
-            store=FolderOutputs(Path("nowhere")),
-            connection=None,
-            max_dataset_size_bytes=-1,
-        )
+        return view_of(spec, self.entry.supported_task_types[0])
 
     # --- a job and its result ----------------------------------------------------------------
 

@@ -18,26 +18,27 @@ from prefect_webapi import (
     Answer,
     AuthError,
     ConfigurationError,
-    JobSpec,
     Outgoing,
     RemoteClient,
     RemoteError,
     RemoteSystemError,
 )
-from prefect_webapi.contract.keys import Fingerprint, JobKey
-from prefect_webapi.engine.contexts import StatusView, TaskView, task_view
+from prefect_webapi.engine.contexts import StatusView
 from prefect_webapi.http import Judge
 from prefect_webapi_aws import Athena, AthenaQuery, StepFunctions
 from prefect_webapi_aws.athena import AthenaPlugin
 from prefect_webapi_aws.sigv4 import Signer, error_of
 from prefect_webapi_databricks import Databricks
 from prefect_webapi_databricks import plugin as databricks
+from prefect_webapi_flyte import FlyteConnector
 from prefect_webapi_gcp import BigQuery, bigquery
+from prefect_webapi_http import HttpJobApi
+from prefect_webapi_jobserver import JobServer
 from prefect_webapi_snowflake import Snowflake, SnowflakeJob
 from prefect_webapi_snowflake.auth import KeyPair
 from prefect_webapi_snowflake.models import StatementHandle, StatementView
 from prefect_webapi_snowflake.plugin import SnowflakePlugin
-from tests.support.engine import FolderOutputs, NoSecrets, request
+from tests.plugins.suite import view_of
 
 CANARY = "c4n4ry-w0rd"
 HANDLE = "01b2c3d4-0000-0000-0000-000000000000"
@@ -56,6 +57,9 @@ def aws_judge(answer: Answer, _: str) -> RemoteError | None:
         (Databricks, {"host": "https://dbc.test", "client_id": "x", "token": CANARY}),
         (BigQuery, {"project": "p", "location": "EU", "service_account_info": CANARY}),
         (Snowflake, {"account": "a-b", "private_key": "k", "token": CANARY}),
+        (FlyteConnector, {"token": CANARY}),
+        (HttpJobApi, {"secret": CANARY}),
+        (JobServer, {"token": CANARY}),
     ],
 )
 def test_a_block_that_is_refused_does_not_show_its_secret(
@@ -125,19 +129,6 @@ def test_a_page_that_is_missing_is_no_job_that_vanished(judge: Judge, body: byte
     assert not error.job_may_exist
 
 
-def view(spec: JobSpec[Any], task_type: str) -> TaskView:
-    return task_view(
-        request(spec, task_type=task_type, task_run="t"),
-        key=JobKey("jkey" + "0" * 22),
-        fingerprint=Fingerprint("f" * 64),
-        attempt=1,
-        secrets=NoSecrets(),
-        store=FolderOutputs(Path("nowhere")),
-        connection=None,
-        max_dataset_size_bytes=-1,
-    )
-
-
 async def test_an_edit_of_the_block_between_two_creates_makes_no_second_query(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -151,7 +142,7 @@ async def test_an_edit_of_the_block_between_two_creates_makes_no_second_query(
     monkeypatch.setattr(RemoteClient, "request", take)
     for work_group in ("primary", "nightly"):
         plugin = AthenaPlugin(Athena(region="us-east-1", work_group=work_group))
-        await plugin.create(view(AthenaQuery(query="SELECT 1"), "athena"))
+        await plugin.create(view_of(AthenaQuery(query="SELECT 1"), "athena"))
     assert len(set(tokens)) == 1
 
 
@@ -167,6 +158,6 @@ async def test_the_rows_of_a_part_that_do_not_come_are_not_taken_for_none(
     monkeypatch.setattr(RemoteClient, "request", tell)
     plugin = SnowflakePlugin(Snowflake(account="a-b", token=SecretStr(CANARY)))
     whole = StatementView(http=200, statement_handle="all", statement_handles=[HANDLE])
-    task = view(SnowflakeJob(statement="SELECT 1; SELECT 2", statement_count=2), "snowflake")
+    task = view_of(SnowflakeJob(statement="SELECT 1; SELECT 2", statement_count=2), "snowflake")
     with pytest.raises(RemoteSystemError, match=f"HTTP {status}"):
         await plugin.outputs(StatusView(task, StatementHandle(statement="all"), whole))

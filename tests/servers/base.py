@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from prefect_webapi.testing.asgi import Collected, abort, answer, replay, whole_body
 
-__all__ = ["Fault", "Reply", "Seen", "Server", "serve"]
+__all__ = ["Fault", "Reply", "Seen", "Server", "serve", "strike"]
 
 START_SECONDS = 20.0
 
@@ -51,6 +51,21 @@ class Fault:
     carried_out: bool = False
     skip: int = 0
     times: int = 1
+
+
+def strike(faults: list[Fault], op: str) -> Fault | None:
+    """The first fault that goes wrong with a request of this op; it is used up by one."""
+    for fault in list(faults):
+        if fault.op not in (None, op):
+            continue
+        if fault.skip > 0:
+            fault.skip -= 1
+            continue
+        fault.times -= 1
+        if fault.times <= 0:
+            faults.remove(fault)
+        return fault
+    return None
 
 
 @dataclass(slots=True)
@@ -183,7 +198,7 @@ class Server(ABC):
         )
         seen.op = self.op_of(seen)
         self.seen.append(seen)
-        fault = self._fault_for(seen.op)
+        fault = strike(self.faults, seen.op)
         true_answer = Collected()
         if fault is None or fault.carried_out:
             await self.app(scope, replay(body), true_answer.take)
@@ -195,19 +210,6 @@ class Server(ABC):
         else:
             seen.status = fault.reply.status
             await answer(send, fault.reply.status, fault.reply.headers, fault.reply.content)
-
-    def _fault_for(self, op: str) -> Fault | None:
-        for fault in list(self.faults):
-            if fault.op not in (None, op):
-                continue
-            if fault.skip > 0:
-                fault.skip -= 1
-                continue
-            fault.times -= 1
-            if fault.times <= 0:
-                self.faults.remove(fault)
-            return fault
-        return None
 
 
 class Served(Protocol):

@@ -29,7 +29,7 @@ from flyteidl.admin.agent_pb2 import ExecuteTaskSyncResponse
 from google.rpc.error_details_pb2 import RetryInfo
 from google.rpc.status_pb2 import Status
 
-from tests.servers.base import Fault, Reply, Seen, serve
+from tests.servers.base import Fault, Reply, Seen, serve, strike
 
 __all__ = ["FlyteConnectorServer", "refusal"]
 
@@ -153,7 +153,7 @@ class FlyteConnectorServer:
         self.seen.append(Seen(op, "POST", method, "", headers, first, time.monotonic()))
         if self.token and headers.get("authorization") != f"Bearer {self.token}":
             context.abort(grpc.StatusCode.UNAUTHENTICATED, "no such token")
-        fault = self._fault_for(op)
+        fault = strike(self.faults, op)
         answers: list[bytes] = []
         if fault is None or fault.carried_out:
             whole = (message for part in ([first], messages) for message in part)
@@ -176,19 +176,6 @@ class FlyteConnectorServer:
         if self.splits and op == "do":
             answers = [part for answer in answers for part in _parted(answer)]
         yield from answers
-
-    def _fault_for(self, op: str) -> Fault | None:
-        for fault in list(self.faults):
-            if fault.op not in (None, op):
-                continue
-            if fault.skip > 0:
-                fault.skip -= 1
-                continue
-            fault.times -= 1
-            if fault.times <= 0:
-                self.faults.remove(fault)
-            return fault
-        return None
 
 
 def _certificate() -> tuple[bytes, bytes]:
