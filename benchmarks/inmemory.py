@@ -1,0 +1,138 @@
+"""A service in this process's memory: no socket, no waiting. What is left is the engine's own cost."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import time
+from typing import Any
+
+from pydantic import BaseModel
+
+from prefect_webapi import (
+    AsyncPlugin,
+    DeleteContext,
+    EngineSettings,
+    GetContext,
+    JobSpec,
+    PhaseInfo,
+    PluginConfig,
+    PluginEntry,
+    StatusContext,
+    TaskExecutionContextReader,
+)
+from prefect_webapi.engine.host import Host
+from prefect_webapi.engine.runtime import Runtime
+from prefect_webapi.ledger.records import Record
+
+__all__ = ["ENTRY", "Connection", "Handle", "LoopProbe", "Memory", "Number", "Silent", "unlimited"]
+
+
+def unlimited(**caching: Any) -> PluginConfig:
+    """Limits that nothing here reaches."""
+    wide = {"qps": 100_000, "burst": 10_000}
+    given = {"size": 500_000, **caching}
+    return PluginConfig.load({"readRateLimiter": wide, "writeRateLimiter": wide, "caching": given})
+
+
+class Connection(BaseModel):
+    engine: PluginConfig = unlimited()
+    settings: EngineSettings = EngineSettings()
+
+
+class Number(JobSpec[int]):
+    number: int
+
+
+class Handle(BaseModel):
+    name: str
+
+
+class Memory(AsyncPlugin[Handle, bool]):
+    """Answers from memory; all jobs end when `over` is set. `reads`: jobs read, one by one."""
+
+    guarantee = "key"
+    over = False
+    reads = 0
+
+    def __init__(self, connection: Connection) -> None:
+        self._config = connection.engine
+
+    def get_config(self) -> PluginConfig:
+        return self._config
+
+    async def create(self, ctx: TaskExecutionContextReader) -> Handle:
+        return Handle(name=ctx.task_execution_metadata.generated_name)
+
+    async def get(self, ctx: GetContext[Handle]) -> bool:
+        Memory.reads += 1
+        return self.over
+
+    async def delete(self, ctx: DeleteContext[Handle]) -> None:
+        return
+
+    def status(self, ctx: StatusContext[Handle, bool]) -> PhaseInfo:
+        if ctx.resource:
+            ctx.output_writer.put(1)
+            return PhaseInfo.success()
+        return PhaseInfo.running()
+
+
+ENTRY = PluginEntry(
+    id="memory",
+    supported_task_types=["memory"],
+    connection=Connection,
+    spec=Number,
+    plugin_loader=lambda setup: Memory(setup.connection),
+)
+
+
+class Silent:
+    """A reporter that costs nothing; one for all jobs."""
+
+    def phase(self, record: Record, info: PhaseInfo, *, waiting_for_quota: bool) -> None:
+        return
+
+    def cancelling(self, record: Record, reason: str) -> None:
+        return
+
+
+class LoopProbe:
+    """A timer on the engine's loop that should ring every 2 ms: how late it rings is how long others would have waited.
+
+    Attributes:
+        longest: seconds; longest_cpu: of CPU time that the loop's thread used in the longest one, so that less means
+            that the machine gave it to others.
+        collector: seconds of the longest pause for the garbage collector.
+    """
+
+    EVERY = 0.002
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self.longest = self.longest_cpu = self.collector = 0.0
+
+    def __enter__(self) -> LoopProbe:
+        self._stop = False
+        gc.callbacks.append(self._collecting)
+        self._done = self._host.perform(self._ring)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._stop = True
+        self._done.result(60)
+        gc.callbacks.remove(self._collecting)
+
+    async def _ring(self, runtime: Runtime) -> None:
+        while not self._stop:
+            began, cpu = time.perf_counter(), time.thread_time()
+            await asyncio.sleep(self.EVERY)
+            late = time.perf_counter() - began - self.EVERY
+            if late > self.longest:
+                self.longest, self.longest_cpu = late, time.thread_time() - cpu
+
+    def _collecting(self, phase: str, _info: dict[str, int]) -> None:
+        if phase == "start":
+            self._began = time.perf_counter()
+        else:
+            self.collector = max(self.collector, time.perf_counter() - self._began)

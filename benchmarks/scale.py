@@ -1,0 +1,290 @@
+"""Live jobs of one process, 10^2 to 10^5: memory, CPU, the loop's longest block, late reads, and the restart.
+
+The whole engine without Prefect, over a real ledger file; the service is in memory (no socket), so that nothing but the
+engine is measured. Each size runs in two fresh processes. The first makes the jobs, watches them at one read per
+`GAP`, and goes; the second restores them all from the ledger, watches again, and sees them end together.
+
+- bytes per job: growth of resident memory from before the first call until all are live and were read, after a
+  collection; the specs were there before. The author's handle is measured as well, in a process of its own.
+- CPU per job and hour: of a window in which each job is read about once per gap, the process's whole CPU.
+- longest block: how late a timer on the engine's loop rang, at worst, while jobs were made, watched, restored, ended.
+- late: reads' time after they were due, from the engine's own histogram (upper bound of its bucket).
+
+CASE-270: the engine's share of judging 100,000 snapshots is the CPU per read here.
+
+Run: `uv run python -m benchmarks.scale [--quick] [--json] [--sizes 1000 10000] [--repetitions N]`
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import shutil
+import tempfile
+import time
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import psutil
+from prometheus_client import CollectorRegistry
+from pydantic import TypeAdapter
+
+from benchmarks.inmemory import (
+    ENTRY,
+    Connection,
+    Handle,
+    LoopProbe,
+    Memory,
+    Number,
+    Silent,
+    unlimited,
+)
+from benchmarks.measure import (
+    Chosen,
+    Figures,
+    Report,
+    Series,
+    Table,
+    Target,
+    by_turns,
+    in_child,
+    main,
+    peak_bytes,
+)
+from benchmarks.plot import Curves
+from prefect_webapi import EngineSettings
+from prefect_webapi.engine.host import Host, Ticket
+from prefect_webapi.engine.runtime import Runtime
+from prefect_webapi.metrics import Metrics
+from tests.support.engine import engine, request
+
+SIZES, QUICK_SIZES = (100, 1_000, 10_000, 100_000), (1_000, 10_000)
+GAP_SECONDS, QUICK_GAP_SECONDS = 30, 5
+PROBED_SECONDS = 3.0
+GIVE_UP_SECONDS = 1_800.0
+FLAT_FROM, FLAT_TO = 1_000, 100_000
+
+
+def living(jobs: int, gap: int, folder: str) -> Figures:
+    """Both lives of a size, each in a process of its own; the second one's figures go on top."""
+    shutil.rmtree(folder, ignore_errors=True)
+    Path(folder).mkdir()
+    made, handles = in_child(first_life, jobs, gap, folder), in_child(author_alone, jobs)
+    restored = in_child(second_life, jobs, gap, folder)
+    longest = {
+        name: max(made[name], restored[name])
+        for name in ("longest block ms", "its CPU ms", "collector ms")
+    }
+    beyond = made["bytes per job"] - handles["author's bytes per job"]
+    return {**made, **handles, **restored, **longest, "bytes beyond the author's": beyond}
+
+
+def author_alone(jobs: int) -> Figures:
+    """What the handles take if nobody but their author keeps them."""
+    adapter = TypeAdapter(Handle)
+    gc.collect()
+    before = psutil.Process().memory_info().rss
+    kept = [adapter.validate_json(f'{{"name": "p-{n:032d}"}}') for n in range(jobs)]
+    grown = psutil.Process().memory_info().rss - before
+    return {"author's bytes per job": grown / len(kept)}
+
+
+def first_life(jobs: int, gap: int, folder: str) -> Figures:
+    specs = [Number(number=n) for n in range(jobs)]
+    figures: Figures = {}
+    with _life(gap, folder) as (host, metrics):
+        _admit(host, [Number(number=-1)])  # what all jobs share is there before they come
+        _until(lambda: Memory.reads >= 1)
+        gc.collect()
+        before, Memory.reads = psutil.Process().memory_info().rss, 0
+        with LoopProbe(host) as probe:
+            began = time.perf_counter()
+            tickets = _admit(host, specs)
+            _until(lambda: Memory.reads >= jobs)
+            figures["made per s"] = jobs / (time.perf_counter() - began)
+        gc.collect()
+        figures["bytes per job"] = (psutil.Process().memory_info().rss - before) / jobs
+        figures["peak bytes per job"] = (peak_bytes() - before) / jobs
+        figures |= _watched(jobs, gap, metrics)
+        with probe:
+            time.sleep(PROBED_SECONDS)
+        figures |= _blocks(probe)
+        assert len(tickets) == jobs
+    return figures
+
+
+def second_life(jobs: int, gap: int, folder: str) -> Figures:
+    specs = [Number(number=n) for n in range(jobs)]
+    figures: Figures = {}
+    with _life(gap, folder) as (host, _):
+        with LoopProbe(host) as probe:
+            began = time.perf_counter()
+            tickets = _admit(host, specs)
+            _until(lambda: _tracked(host) >= jobs)
+            figures["restored s"] = time.perf_counter() - began
+            _until(lambda: Memory.reads >= jobs)
+            figures["restored and read s"] = time.perf_counter() - began
+            time.sleep(PROBED_SECONDS)
+            Memory.over = True
+            asyncio.run(_all_well(tickets))
+        figures |= _blocks(probe)
+    return figures
+
+
+@contextmanager
+def _life(gap: int, folder: str) -> Generator[tuple[Host, CollectorRegistry]]:
+    interval = f"{gap}s"
+    connection = Connection(
+        engine=unlimited(resyncInterval=interval),
+        settings=EngineSettings.load({"initialInterval": interval}),
+    )
+    registry = CollectorRegistry()
+    with engine(Path(folder), [ENTRY], {"default": connection}, metrics=Metrics(registry)) as host:
+        host.start()
+        yield host, registry
+
+
+def _admit(host: Host, specs: Sequence[Number]) -> list[Ticket]:
+    silent = Silent()
+    return [
+        host.admit(request(spec, task_type="memory", task_run=str(spec.number), reporter=silent))
+        for spec in specs
+    ]
+
+
+async def _all_well(tickets: Sequence[Ticket]) -> None:
+    outcomes = await asyncio.gather(*(ticket.outcome() for ticket in tickets))
+    assert all(outcome.value == 1 for outcome in outcomes)
+
+
+def _tracked(host: Host) -> int:
+    async def count(runtime: Runtime) -> int:
+        return sum(len(channel.poller) for channel in runtime._channels)
+
+    return host.perform(count).result(60)
+
+
+def _watched(jobs: int, gap: int, metrics: CollectorRegistry) -> Figures:
+    """One gap of nothing but reading."""
+    process, late = psutil.Process(), _lateness(metrics)
+    cpu, reads, began = sum(process.cpu_times()[:2]), Memory.reads, time.perf_counter()
+    time.sleep(gap)
+    cpu, reads = sum(process.cpu_times()[:2]) - cpu, Memory.reads - reads
+    hours = (time.perf_counter() - began) / 3600
+    late = {bound: n - late.get(bound, 0.0) for bound, n in _lateness(metrics).items()}
+    return {
+        "CPU s per job and hour": cpu / jobs / hours,
+        "reads per s": reads / hours / 3600,
+        "CPU per read us": 1e6 * cpu / max(1, reads),
+        "late p50 s": _quantile(late, 0.5),
+        "late p99 s": _quantile(late, 0.99),
+    }
+
+
+def _lateness(metrics: CollectorRegistry) -> dict[float, float]:
+    """``dict[upper bound in seconds, reads at most so late]``."""
+    return {
+        float(sample.labels["le"]): sample.value
+        for family in metrics.collect()
+        for sample in family.samples
+        if sample.name == "prefect_webapi_poll_lag_seconds_bucket"
+    }
+
+
+def _quantile(buckets: dict[float, float], share: float) -> float:
+    whole = max(buckets.values(), default=0.0)
+    return next((bound for bound, n in sorted(buckets.items()) if n >= share * whole), 0.0)
+
+
+def _blocks(probe: LoopProbe) -> Figures:
+    return {
+        "longest block ms": 1000 * probe.longest,
+        "its CPU ms": 1000 * probe.longest_cpu,
+        "collector ms": 1000 * probe.collector,
+    }
+
+
+def _until(is_so: object) -> None:
+    assert callable(is_so)
+    end = time.monotonic() + GIVE_UP_SECONDS
+    while not is_so():
+        if time.monotonic() > end:
+            raise TimeoutError(f"not so within {GIVE_UP_SECONDS:g} s")
+        time.sleep(0.02)
+
+
+SHOWN = (
+    ("bytes per job", "author's bytes per job", "bytes beyond the author's", "peak bytes per job"),
+    ("CPU s per job and hour", "CPU per read us", "reads per s", "late p50 s", "late p99 s"),
+    ("longest block ms", "its CPU ms", "collector ms"),
+    ("made per s", "restored s", "restored and read s"),
+)
+TITLES = (
+    "memory",
+    "watching, one read per job and {gap} s",
+    "the engine's loop",
+    "ways in",
+)
+
+
+def run(chosen: Chosen) -> Report:
+    sizes = chosen.sizes or (QUICK_SIZES if chosen.quick else SIZES)
+    gap = QUICK_GAP_SECONDS if chosen.quick else GAP_SECONDS
+    with tempfile.TemporaryDirectory() as folder:
+        measured = by_turns(
+            chosen.repetitions,
+            {str(n): partial(living, n, gap, f"{folder}/{n}") for n in sizes},
+        )
+    tables = [
+        Table(
+            title.format(gap=gap),
+            [{"jobs": n} | {name: measured[str(n)][name] for name in names} for n in sizes],
+        )
+        for title, names in zip(TITLES, SHOWN, strict=True)
+    ]
+
+    def at(n: int, name: str) -> Series | None:
+        return measured.get(str(n), {}).get(name)
+
+    most, few = at(FLAT_TO, "CPU s per job and hour"), at(FLAT_FROM, "CPU s per job and hour")
+    flat = None
+    if most is not None and few is not None:
+        flat = max(most.median / few.median, few.median / most.median)
+
+    def median(name: str) -> float | None:
+        found = at(100_000, name)
+        return found and found.median
+
+    return Report(
+        question="What does a live job cost one process, and does it stay so as they grow?",
+        tables=tables,
+        notes=[
+            "the service is in memory: no socket; the ledger is a file of SQLite, synchronous=FULL",
+            f"both gaps of the policy are set to {gap} s, so that the rate of reads is known",
+        ],
+        targets=[
+            Target(
+                "100,000 jobs: bytes each beyond the author's own",
+                median("bytes beyond the author's"),
+                2048,
+            ),
+            Target("100,000 jobs: longest block of the loop, ms", median("longest block ms"), 100),
+            Target("100,000 jobs: restored from the ledger, s", median("restored s"), 10),
+            Target("CPU per job from 1,000 to 100,000: largest ratio", flat, 1.2),
+        ],
+        plots=[
+            Curves(
+                name,
+                "live jobs",
+                name,
+                {name: [(n, measured[str(n)][name].median) for n in sizes]},
+            )
+            for name in ("bytes per job", "CPU s per job and hour", "longest block ms")
+        ],
+    )
+
+
+if __name__ == "__main__":
+    main(run, __doc__)
