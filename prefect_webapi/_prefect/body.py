@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast
 from uuid import uuid4
@@ -34,9 +34,11 @@ from prefect_webapi._prefect.causes import INTERRUPTS, Cause, cause_of, is_suspe
 from prefect_webapi._prefect.identity import Chain, caller, chain_here
 from prefect_webapi._prefect.options import Options
 from prefect_webapi._prefect.reports import TaskRunReporter
+from prefect_webapi._prefect.rollback import undone_with_transaction
 from prefect_webapi._prefect.service import Engine
 from prefect_webapi.contract.errors import ConfigurationError, EngineClosed
 from prefect_webapi.contract.faults import explain
+from prefect_webapi.contract.keys import JobKey
 from prefect_webapi.contract.task import JobSpec
 from prefect_webapi.engine.request import Caller, JobRequest, Outcome, Overrides, Reporter
 
@@ -107,12 +109,20 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Call(Generic[WaitT]):
-    """One attempt of a task run that waits for its job, or its jobs."""
+    """One attempt of a task run that waits for its job, or its jobs.
+
+    Attributes:
+        ended: keys of the jobs that are over, once all are.
+    """
 
     ticket: WaitT
     reporter: TaskRunReporter
     job: Job
     forget: Callable[[], None]
+    ended: list[JobKey] = field(default_factory=list[JobKey])
+
+    def ends(self, *outcomes: Outcome) -> None:
+        self.ended.extend(outcome.job_key for outcome in outcomes)
 
     def close(self) -> None:
         """Nothing of ours touches the task run after this."""
@@ -139,7 +149,9 @@ async def run_async(
         return spec
 
     async def end(call: Call[Ticket]) -> State[Any]:
-        return states.ending(await call.ticket.outcome())
+        outcome = await call.ticket.outcome()
+        call.ends(outcome)
+        return states.ending(outcome)
 
     return await driven(load, lambda engine: _admit(job, spec, context, engine), end)
 
@@ -189,7 +201,9 @@ def run_sync(
     try:
         try:
             call = _admit(job, spec, context, service.start(load))
-            return _told_blocking(states.ending(call.ticket.outcome_blocking()))
+            outcome = call.ticket.outcome_blocking()
+            call.ends(outcome)
+            return _told_blocking(states.ending(outcome))
         except INTERRUPTS as interrupt:
             cause = _interrupted(call, interrupt, began)
             outcome = _until_stopped_blocking(call) if call and not cause.leaves_job else None
@@ -284,7 +298,9 @@ def watched(
         run.id,
         leaves_job=own.on_exit == "leave",
     )
-    return Call(ticket, reporter, own, forget)
+    call = Call(ticket, reporter, own, forget)
+    undone_with_transaction(engine.host, ticket, lambda: call.ended)
+    return call
 
 
 def _inputs(parameters: Mapping[str, Any]) -> dict[str, Any]:

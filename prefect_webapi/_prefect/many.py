@@ -71,7 +71,9 @@ async def run_jobs(
 
     async def end(call: Call[_Jobs]) -> State[Any]:
         await call.ticket.start()
-        return _end(await call.ticket.outcomes(), raise_on_failure)
+        outcomes = await call.ticket.outcomes()
+        call.ends(*outcomes)
+        return _end(outcomes, raise_on_failure)
 
     return await driven(load, admit, end)
 

@@ -1,0 +1,286 @@
+"""What Prefect offers any task works on tasks whose work is a remote job, and the job follows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+from uuid import UUID
+
+import pytest
+from prefect import flow, task, unmapped
+from prefect.cache_policies import INPUTS
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterId,
+    TaskRunFilter,
+    TaskRunFilterTags,
+)
+from prefect.client.schemas.objects import StateType, TaskRun
+from prefect.runtime import flow_run
+from prefect.task_runners import ThreadPoolTaskRunner
+from prefect.transactions import atransaction, transaction
+
+from prefect_webapi import JobFailed, RemoteTask, run_many, sync_task_for, task_for
+from prefect_webapi.testing import EmbeddedJobServer
+from prefect_webapi_jobserver import Report, ReportJob
+from tests.support.engine import block
+from tests.support.prefect import prefect_leaks
+from tests.support.waiting import eventually_blocking
+
+pytestmark = pytest.mark.usefixtures("engine_here")
+
+
+class Broken(Exception):
+    """What a flow of these tests fails with."""
+
+
+@pytest.fixture
+def run(job_server: EmbeddedJobServer) -> RemoteTask[..., Any]:
+    return sync_task_for("job-server", ReportJob, name="run", connection=block(job_server))
+
+
+def creates(server: EmbeddedJobServer) -> int:
+    return server.stats().created
+
+
+def with_client(ask: Callable[[SyncPrefectClient], Any]) -> Any:
+    with get_client(sync_client=True) as client:
+        return ask(client)
+
+
+def ended_runs(of: str, count: int) -> list[TaskRun]:
+    """The task runs of a flow run, once so many are over."""
+    mine = FlowRunFilter(id=FlowRunFilterId(any_=[UUID(of)]))
+
+    def all_over() -> list[TaskRun]:
+        runs: list[TaskRun] = with_client(lambda c: c.read_task_runs(flow_run_filter=mine))
+        over = [each for each in runs if each.state is not None and each.state.is_final()]
+        return over if len(over) == count else []
+
+    return eventually_blocking(all_over, within=20, every=0.1)
+
+
+def names_of(run: UUID) -> list[str]:
+    """Names of a task run's states in order."""
+    states = with_client(lambda client: client.read_task_run_states(run))
+    return [state.name for state in sorted(states, key=lambda state: state.timestamp)]
+
+
+# --- retries, hooks, tags, results ---------------------------------------------------------------
+
+
+def test_a_retry_waits_its_delay_and_hooks_run(
+    run: RemoteTask[..., Any], job_server: EmbeddedJobServer
+) -> None:
+    """`retry_delay_seconds` between the attempts, each a job of its own; hooks once per end; tags for filters."""
+    told: list[str] = []
+    runs: list[str] = []
+    flaky = run.with_options(
+        retries=1,
+        retry_delay_seconds=0.3,
+        tags=["ways"],
+        on_running=[lambda task, run, state: told.append("running")],
+        on_completion=[lambda task, run, state: told.append(f"completed {state.name}")],
+        on_failure=[lambda task, run, state: told.append(f"failed {state.name}")],
+    )
+
+    @flow
+    def nightly() -> None:
+        runs.append(str(flow_run.id))
+        flaky(seconds=0.1, outcome="fail-first")
+        with pytest.raises(JobFailed):
+            flaky.with_options(retries=0)(seconds=0.1, outcome="fail")
+
+    nightly()
+    assert creates(job_server) == 3
+    assert told == [
+        "running",
+        "running",
+        "completed Completed",
+        "running",
+        "failed RetryableFailure",
+    ]
+    ended_runs(runs[0], 2)
+    tagged = TaskRunFilter(tags=TaskRunFilterTags(all_=["ways"]))
+    mine = FlowRunFilter(id=FlowRunFilterId(any_=[UUID(runs[0])]))
+    found = with_client(lambda c: c.read_task_runs(task_run_filter=tagged, flow_run_filter=mine))
+    by_count = {each.run_count: each for each in found}
+    assert by_count.keys() == {1, 2}
+    names = names_of(by_count[2].id)
+    waits, retries = names.index("AwaitingRetry"), names.index("Retrying")
+    assert waits < retries < names.index("Completed")
+
+
+def test_a_cached_result_makes_no_job(
+    run: RemoteTask[..., Any], job_server: EmbeddedJobServer, tmp_path: Path
+) -> None:
+    """A cache policy of the user's is followed, also over flow runs; `refresh_cache` makes the job again."""
+    cached = run.with_options(cache_policy=INPUTS, persist_result=True)
+    asked = {"seconds": 0.1, "result": 7, "message": str(tmp_path)}
+
+    @flow
+    def nightly(again: bool = False) -> Any:
+        return cast(Any, cached.with_options(refresh_cache=again))(**asked, return_state=True)
+
+    first, second, third = nightly(), nightly(), nightly(again=True)
+    assert [state.name for state in (first, second, third)] == ["Completed", "Cached", "Completed"]
+    assert [state.result().data for state in (first, second, third)] == [7, 7, 7]
+    assert creates(job_server) == 2
+
+
+def test_a_persisted_result_and_failure_are_read_from_prefects_api(
+    run: RemoteTask[..., Any],
+) -> None:
+    runs: list[str] = []
+
+    @flow(persist_result=True)
+    def nightly() -> None:
+        runs.append(str(flow_run.id))
+        run(seconds=0.1, result=7)
+        cast(Any, run)(seconds=0.1, outcome="fail", message="no figures", return_state=True)
+
+    nightly()
+    states = {each.state_name: each.state for each in ended_runs(runs[0], 2)}
+    read: Any = states["Completed"]
+    assert read.result() == Report(uri=read.result().uri, data=7)
+    failed: Any = states["RetryableFailure"]
+    with pytest.raises(JobFailed, match="no figures"):
+        failed.result()
+
+
+# --- futures ----------------------------------------------------------------------------------------
+
+
+@prefect_leaks
+def test_wait_for_orders_and_a_failed_upstream_makes_no_job(
+    run: RemoteTask[..., Any], job_server: EmbeddedJobServer
+) -> None:
+    """As for any task: what waits for a failure is NotReady, and nothing is asked of the service."""
+    later = task_for("job-server", ReportJob, name="later", connection=block(job_server))
+    names: list[str | None] = []
+
+    @flow
+    def nightly() -> None:
+        first = run.submit(kind="first", seconds=0.5)
+        second = later.submit(kind="second", seconds=0.1, wait_for=[first])
+        broken = run.submit(kind="broken", seconds=0.1, outcome="fail")
+        waits = cast(Any, run).submit(kind="never", wait_for=[second, broken], return_state=True)
+        names.extend(each.name for each in (first.state, second.state, broken.state, waits))
+
+    nightly()
+    assert names == ["Completed", "Completed", "RetryableFailure", "NotReady"]
+    at = {spec["kind"]: mono for spec, mono in specs_made(job_server)}
+    assert at.keys() == {"first", "second", "broken"}
+    assert at["second"] - at["first"] >= 0.5
+
+
+@prefect_leaks
+def test_map_takes_unmapped_and_futures_and_keeps_the_order(
+    run: RemoteTask[..., Any], job_server: EmbeddedJobServer
+) -> None:
+    @task
+    def days() -> list[int]:
+        return [3, 1, 2]
+
+    def nightly() -> list[Any]:
+        futures = cast(Any, run).map(
+            day=cast(Any, days).submit(), result=["c", "a", "b"], seconds=unmapped(0.1)
+        )
+        return futures.result()
+
+    pooled: Any = cast(Any, flow)(nightly, task_runner=ThreadPoolTaskRunner(max_workers=2))
+    assert [report.data for report in pooled()] == ["c", "a", "b"]
+    days_made = {spec["day"]: spec["result"] for spec, _ in specs_made(job_server)}
+    assert days_made == {3: "c", 1: "a", 2: "b"}
+    assert job_server.stats().peak_live <= 2
+
+
+# --- transactions --------------------------------------------------------------------------------------
+
+
+def test_a_transaction_that_is_rolled_back_takes_its_jobs_with_it(
+    run: RemoteTask[..., Any], job_server: EmbeddedJobServer
+) -> None:
+    """The live job is deleted; of the finished one the flow's next attempt gets a new one, not the old result."""
+    undone: list[str] = []
+    drops = sync_task_for(
+        "job-server",
+        ReportJob,
+        name="drops",
+        connection=block(job_server),
+        on_rollback=[lambda own: undone.append(own.get("table"))],
+    )
+    states: list[Any] = []
+
+    @flow(retries=1)
+    def nightly() -> Any:
+        with transaction() as around:
+            around.set("table", "sales")
+            report = drops(seconds=0.1, result=7)
+            if not states:
+                states.append(run.submit(outcome="never"))
+                eventually_blocking(lambda: job_server.stats().live == 1, within=20)
+                raise Broken
+        states[0].wait(20)
+        return report.data
+
+    assert nightly() == 7
+    assert undone == ["sales"]
+    assert states[0].state.type is StateType.CANCELLED
+    assert "its transaction was rolled back" in str(job_server.log("delete"))
+    assert (creates(job_server), job_server.stats().live) == (3, 0)
+
+
+def test_a_transaction_that_is_committed_keeps_its_jobs(
+    run: RemoteTask[..., Any], job_server: EmbeddedJobServer
+) -> None:
+    """A later failure of the flow, or of a task around the call, takes nothing back: the next attempt meets the job."""
+    tries: list[int] = []
+
+    @task(retries=1)
+    def around() -> Any:
+        report = run(seconds=0.1, result="nested")
+        tries.append(1)
+        if len(tries) == 1:
+            raise Broken
+        return report.data
+
+    @flow(retries=1)
+    def nightly() -> Any:
+        with transaction():
+            report = run(seconds=0.1, result=7)
+        told = around()
+        if len(tries) == 2:
+            tries.append(2)
+            raise Broken
+        return told, report.data
+
+    assert nightly() == ("nested", 7)
+    assert creates(job_server) == 2
+
+
+@prefect_leaks
+async def test_the_jobs_of_run_many_are_rolled_back_with_their_transaction(
+    job_server: EmbeddedJobServer,
+) -> None:
+    many = task_for("job-server", ReportJob, name="run", connection=block(job_server))
+    tries: list[int] = []
+
+    @flow(retries=1)
+    async def nightly() -> int:
+        async with atransaction():
+            reports = await run_many(many, [ReportJob(day=day, seconds=0.1) for day in range(3)])
+            tries.append(1)
+            if len(tries) == 1:
+                raise Broken
+        return len(reports)
+
+    assert await nightly() == 3
+    assert creates(job_server) == 6
+
+
+def specs_made(server: EmbeddedJobServer) -> list[tuple[dict[str, Any], float]]:
+    """What the service was asked to make, and when, in seconds of its clock."""
+    return [(cast(dict[str, Any], each.body)["spec"], each.mono) for each in server.log("create")]
