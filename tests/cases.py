@@ -50,7 +50,6 @@ DUE_SECTIONS = (
 )
 LATER = {
     "conformance kit": {40, 92},
-    "command line of the flags": {17},
     "deferral": {88, 89, 192, 208, 209, 210, 211},
 }
 

@@ -1,10 +1,12 @@
-"""The command-line flags of a configuration: names, types, defaults and help; no parser."""
+"""The command-line flags of a configuration: names, types, defaults and help, for a parser of argparse."""
 
 from __future__ import annotations
 
+from argparse import SUPPRESS, ArgumentParser, Namespace
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 from pydantic import BaseModel
 
@@ -19,11 +21,13 @@ class Flag:
 
     Attributes:
         name: with the prefix, without leading dashes: ``caching.size``.
+        path: of the field, without the prefix, parted by dots.
         type: `int`, or `str` for a duration in Go's text.
         default: of that type.
     """
 
     name: str
+    path: str
     type: type[int] | type[str]
     default: int | str
     help: str
@@ -49,21 +53,41 @@ class FlagSet(Mapping[str, Flag]):
     def __repr__(self) -> str:
         return f"FlagSet({', '.join(self._flags)})"
 
+    def add_to(self, parser: ArgumentParser) -> None:
+        """Have a parser take these flags; one that is not given leaves nothing in its namespace."""
+        for flag in self._flags.values():
+            told = f"{flag.help} Default: {flag.default}.".replace("%", "%%")
+            parser.add_argument(
+                f"--{flag.name}", type=flag.type, default=SUPPRESS, metavar="VALUE", help=told
+            )
 
-def flags_of(config: BaseModel, prefix: str = "") -> Iterator[Flag]:
+    def given(self, parsed: Namespace) -> Mapping[str, Any]:
+        """What was given, as `PluginConfig.load` takes it, to be laid over a base."""
+        found: dict[str, Any] = {}
+        for flag in self._flags.values():
+            if flag.name in parsed:
+                *above, field = flag.path.split(".")
+                part = found
+                for name in above:
+                    part = part.setdefault(name, {})
+                part[field] = getattr(parsed, flag.name)
+        return found
+
+
+def flags_of(config: BaseModel, prefix: str = "", path: str = "") -> Iterator[Flag]:
     """A flag for each number and duration in `config`, nested ones joined by dots.
 
-    `prefix` is put in front as it is: the caller supplies the dot.
+    `prefix` is put in front of names as it is: the caller supplies the dot. `path` is that of `config` itself.
     """
     for name, field in type(config).model_fields.items():
-        flag, told = f"{prefix}{field.alias or name}", field.description or ""
+        place, told = f"{path}{field.alias or name}", field.description or ""
         value = getattr(config, name)
         match value:
             case BaseModel():
-                yield from flags_of(value, f"{flag}.")
+                yield from flags_of(value, prefix, f"{place}.")
             case timedelta():
-                yield Flag(flag, str, format_duration(value), told)
+                yield Flag(f"{prefix}{place}", place, str, format_duration(value), told)
             case int():
-                yield Flag(flag, int, value, told)
+                yield Flag(f"{prefix}{place}", place, int, value, told)
             case _:
                 pass  # quotas and the handle's type have none, as in Flyte
