@@ -19,15 +19,12 @@ Run: `uv run python -m benchmarks.polls [--quick] [--json] [--repetitions N]`
 from __future__ import annotations
 
 import asyncio
-import os
-import subprocess
-import sys
+import json
 import tempfile
 import time
 import urllib.request
-from collections.abc import Awaitable, Callable, Generator
-from contextlib import contextmanager
-from datetime import timedelta
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -51,9 +48,11 @@ from benchmarks.measure import (
     main,
     using,
 )
+from benchmarks.servers import databricks_server, prefect_server
 from benchmarks.service import Service
-from prefect_webapi import EngineSettings, JobSpec, PluginConfig, PluginEntry, RemoteClient
+from prefect_webapi import JobSpec, PluginEntry, RemoteClient
 from prefect_webapi.engine.host import Host
+from prefect_webapi.engine.runtime import Runtime
 from prefect_webapi_databricks import Databricks, DatabricksRun, SubmitRun
 from prefect_webapi_databricks.plugin import DatabricksPlugin
 from prefect_webapi_jobserver import JobServer, ReportJob
@@ -61,12 +60,13 @@ from prefect_webapi_jobserver.models import JobView
 from prefect_webapi_jobserver.plugin import JobServerPlugin
 from tests.servers.databricks import API, TOKEN
 from tests.support.engine import engine, request
-from tests.support.prefect import PrefectServer, free_port
 
 AT_ONCE = 10
 JOBS, DATABRICKS_RUNS = 1_000, 24
 SECONDS, QUICK_SECONDS = 8.0, 2.0
 WAITING_FLOWS = 4
+GAP_SECONDS, READY_SECONDS = 0.001, 60.0
+_direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 BARE, OURS = "bare httpx", "whole stack"
 POLLS, CPU_PER_POLL = "polls/s", "CPU per poll us"
 
@@ -185,13 +185,12 @@ def _notebook(seconds: float, number: int = 0) -> dict[str, Any]:
 def _watched(
     entry: PluginEntry[Any],
     block: Any,
-    specs: list[Any],
+    specs: Sequence[JobSpec[Any]],
     seconds: float,
     read: Callable[[], float],
 ) -> Figures:
     """Live jobs, read as fast as it goes."""
     figures: Figures = {}
-    block = block.model_copy(update=_unpaused(block.engine, block.settings))
     with (
         tempfile.TemporaryDirectory() as folder,
         engine(Path(folder), [entry], {"default": block}) as host,
@@ -204,48 +203,39 @@ def _watched(
     return _per_poll(figures, polls)
 
 
-def _make(host: Host, specs: list[JobSpec[Any]], read: Callable[[], float]) -> None:
+def _make(host: Host, specs: Sequence[JobSpec[Any]], read: Callable[[], float]) -> None:
     silent = Silent()
-    for n, spec in enumerate(specs):
+    tickets = [
         host.admit(request(spec, task_type="polled", task_run=str(n), reporter=silent))
+        for n, spec in enumerate(specs)
+    ]
+    end = time.monotonic() + READY_SECONDS
     while read() < 2 * len(specs):
+        assert time.monotonic() < end, f"{read()} reads of {len(tickets)} jobs"
         time.sleep(0.1)
+    host.perform(_hurry).result(READY_SECONDS)
+    first = read()
+    while read() < first + len(specs):  # as they were planned before
+        time.sleep(0.01)
 
 
-def _unpaused(config: PluginConfig, settings: EngineSettings) -> dict[str, Any]:
+async def _hurry(runtime: Runtime) -> None:
     """Gaps that no block may ask for, so that nothing but the work takes time."""
-    gap = timedelta(milliseconds=1)
-    caching = config.caching.model_copy(update={"resync_interval": gap})
-    return {
-        "engine": config.model_copy(update={"caching": caching}),
-        "settings": settings.model_copy(update={"initial_interval": gap}),
-    }
+    for channel in runtime._channels:
+        policy = channel.poller.policy
+        channel.poller.policy = replace(policy, initial=GAP_SECONDS, longest=GAP_SECONDS)
 
 
-def vendor(url: str, api_url: str, home: str, seconds: float) -> Figures:
+def vendor(url: str, seconds: float) -> Figures:
     """prefect-databricks: its flow that waits for a run."""
-    os.environ |= {
-        "PREFECT_API_URL": api_url,
-        "PREFECT_HOME": home,
-        "PREFECT_LOGGING_LEVEL": "ERROR",
-    }
     from prefect import flow
     from prefect_databricks import DatabricksCredentials
     from prefect_databricks.flows import jobs_runs_wait_for_completion
 
-    polls = 0
-
-    class Plain(httpx.AsyncHTTPTransport):
-        async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-            nonlocal polls
-            polls += 1
-            path = request.url.raw_path.replace(b"/api/2.1/jobs", API.encode())
-            here = httpx.URL(url)
-            request.url = here.copy_with(raw_path=path)
-            return await super().handle_async_request(request)
-
     credentials = DatabricksCredentials(
-        databricks_instance="bench", token=SecretStr(TOKEN), client_kwargs={"transport": Plain()}
+        databricks_instance="bench",
+        token=SecretStr(TOKEN),
+        client_kwargs={"transport": InTheClear(url)},
     )
 
     @flow
@@ -268,47 +258,30 @@ def vendor(url: str, api_url: str, home: str, seconds: float) -> Figures:
         ]
     with using(figures):
         asyncio.run(wait_for_all())
-    return _per_poll(figures, polls)
+    return _per_poll(figures, InTheClear.polls)
+
+
+class InTheClear(httpx.AsyncBaseTransport):
+    """Sends what that package sends, without TLS and to API 2.2. Made anew as its client is; Prefect may pickle it."""
+
+    polls = 0
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        InTheClear.polls += 1
+        path = request.url.raw_path.replace(b"/api/2.1/jobs", API.encode())
+        request.url = httpx.URL(self._url).copy_with(raw_path=path)
+        return await httpx.AsyncHTTPTransport(verify=False).handle_async_request(request)
 
 
 def _per_poll(figures: Figures, polls: float) -> Figures:
     return figures | {POLLS: polls / figures[WALL], CPU_PER_POLL: 1e6 * figures[CPU] / polls}
 
 
-# --- servers ---------------------------------------------------------------------------------
-
-
-@contextmanager
-def databricks_server() -> Generator[str]:
-    """The test suite's, as a process of its own; its address."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tests.servers.databricks"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    try:
-        yield process.stdout.readline().split()[1]
-    finally:
-        process.terminate()
-        process.communicate()
-
-
-@contextmanager
-def prefect_server(folder: Path) -> Generator[PrefectServer]:
-    server = PrefectServer(home=folder, port=free_port())
-    server.start()
-    try:
-        yield server
-    finally:
-        server.stop()
-
-
 def _told(url: str) -> dict[str, float]:
-    import json
-
-    with urllib.request.urlopen(url, timeout=20) as answer:
+    with _direct.open(url, timeout=20) as answer:
         return json.load(answer)
 
 
@@ -317,12 +290,7 @@ def _told(url: str) -> dict[str, float]:
 
 def run(chosen: Chosen) -> Report:
     seconds = QUICK_SECONDS if chosen.quick else SECONDS
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        Service() as service,
-        databricks_server() as workspace,
-        prefect_server(Path(folder)) as prefect,
-    ):
+    with Service() as service, databricks_server() as workspace, prefect_server():
 
         def on_service(work: Callable[..., Figures], kind: str) -> Callable[[], Figures]:
             def once() -> Figures:
@@ -349,9 +317,7 @@ def run(chosen: Chosen) -> Report:
         theirs = by_turns(
             chosen.repetitions,
             {
-                "prefect-databricks": on_databricks(
-                    vendor, workspace, prefect.api_url, folder, max(seconds, 5.0)
-                ),
+                "prefect-databricks": on_databricks(vendor, workspace, max(seconds, 5.0)),
                 "our plugin, single reads": on_databricks(databricks, workspace, seconds, False),
                 "our plugin, batches of 24": on_databricks(databricks, workspace, seconds, True),
             },
