@@ -49,7 +49,6 @@ DUE_SECTIONS = (
     "remaining demands",
 )
 LATER = {
-    "conformance kit": {40, 92},
     "deferral": {88, 89, 192, 208, 209, 210, 211},
 }
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
-from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 from prefect.exceptions import ObjectNotFound
-from pydantic import BaseModel, SecretBytes, SecretStr
 
 from prefect_webapi._prefect.api import Api
 from prefect_webapi.contract.errors import SecretNotFound
+from prefect_webapi.contract.secrecy import secret_field, secret_text
 
 __all__ = ["BlockSecrets"]
 
@@ -40,7 +38,7 @@ class BlockSecrets:
         document = re.sub(r"[^a-z0-9]+", "-", key.lower()).strip("-")
         value = await self._from_block(document)
         if value is None:
-            value = _from_field(connection, key)
+            value = secret_field(connection, key)
         if value is None:
             value = os.environ.get(key)
         if value is None:
@@ -64,28 +62,5 @@ class BlockSecrets:
                 )
             except ObjectNotFound:
                 continue
-            return _text(found.data["value"])
+            return secret_text(found.data["value"])
         return None
-
-
-def _from_field(connection: Any, path: str) -> str | None:
-    value: Any = connection
-    for name in path.split("."):
-        reveal = getattr(value, "get_secret_value", None)
-        if callable(reveal):
-            value = reveal()
-        if isinstance(value, BaseModel) and name in type(value).model_fields:
-            value = getattr(value, name)
-        elif isinstance(value, Mapping):
-            value = cast(Mapping[str, Any], value).get(name)
-        else:
-            return None
-    return None if value is None or isinstance(value, BaseModel) else _text(value)
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, SecretStr):
-        value = value.get_secret_value()
-    if isinstance(value, SecretBytes):
-        value = value.get_secret_value().decode()
-    return value if isinstance(value, str) else json.dumps(value)

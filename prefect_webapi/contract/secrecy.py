@@ -13,7 +13,16 @@ from urllib.parse import quote, quote_plus
 from pydantic import BaseModel, SecretBytes, SecretStr
 from pydantic.types import Secret
 
-__all__ = ["Mask", "is_secret_type", "looks_secret", "mask_url", "scrub", "secrets_in"]
+__all__ = [
+    "Mask",
+    "is_secret_type",
+    "looks_secret",
+    "mask_url",
+    "scrub",
+    "secret_field",
+    "secret_text",
+    "secrets_in",
+]
 
 LEAST_CHARACTERS = 8
 """Shorter secrets are taken out of messages only: in data they can't be told from ordinary words."""
@@ -182,3 +191,28 @@ def _leaves(secret: Any) -> Iterator[str]:
         yield secret
     elif len(str(secret)) >= LEAST_CHARACTERS:  # a number, say; a short one is in every other text
         yield str(secret)
+
+
+def secret_field(connection: Any, path: str) -> str | None:
+    """What a field of a connection holds, in plain text; parts of `path` are parted by dots."""
+    value: Any = connection
+    for name in path.split("."):
+        reveal = getattr(value, "get_secret_value", None)
+        if callable(reveal):
+            value = reveal()
+        if isinstance(value, BaseModel) and name in type(value).model_fields:
+            value = getattr(value, name)
+        elif isinstance(value, Mapping):
+            value = cast(Mapping[str, Any], value).get(name)
+        else:
+            return None
+    return None if value is None or isinstance(value, BaseModel) else secret_text(value)
+
+
+def secret_text(value: Any) -> str:
+    """A secret as text, whatever form it was saved in."""
+    if isinstance(value, SecretStr):
+        value = value.get_secret_value()
+    if isinstance(value, SecretBytes):
+        value = value.get_secret_value().decode()
+    return value if isinstance(value, str) else json.dumps(value)
