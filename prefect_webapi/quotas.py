@@ -40,6 +40,7 @@ __all__ = [
     "SlotsUnavailable",
     "Waiting",
     "repair",
+    "surplus",
 ]
 
 logger = logging.getLogger(__name__)
@@ -765,7 +766,7 @@ async def repair(
     for name in names:
         if not name.startswith(OURS):
             continue
-        extra = await _surplus(slots, name, ledger, clock)
+        extra = await surplus(name, slots.active, ledger.held, clock)
         now = clock.now()
         leaked = await ledger.note_surplus(name, extra, now, now - settled)
         if leaked:
@@ -778,15 +779,23 @@ async def repair(
     return Repair(given, waiting)
 
 
-async def _surplus(slots: Slots, name: str, ledger: Count, clock: Clock) -> int:
-    """The smallest surplus of a few looks: places change hands while we look."""
+async def surplus(
+    name: str,
+    active: Callable[[str], Awaitable[int]],
+    held: Callable[[str], Awaitable[int]],
+    clock: Clock,
+) -> int:
+    """How many more slots of a limit Prefect counts (`active`) than the ledger does (`held`).
+
+    The smallest of a few looks: places change hands while we look.
+    """
     least = 0
     for look in range(LOOKS):
         if look:
             await clock.sleep(clock.speed)
-        before = await ledger.held(name)
-        active = await slots.active(name)
-        extra = max(0, active - max(before, await ledger.held(name)))
+        before = await held(name)
+        taken = await active(name)
+        extra = max(0, taken - max(before, await held(name)))
         least = extra if look == 0 else min(least, extra)
         if not least:
             break

@@ -6,6 +6,7 @@ import asyncio
 import re
 from collections.abc import Awaitable, Callable
 from typing import Self, TypeVar
+from urllib.parse import urlsplit
 
 import anyio
 import anyio.to_thread
@@ -17,7 +18,7 @@ from prefect.settings import PREFECT_API_URL
 from prefect_webapi.contract.errors import RemoteSystemError
 from prefect_webapi.contract.secrecy import mask_url
 
-__all__ = ["Api", "PrefectUnavailable", "api_address", "told_by"]
+__all__ = ["Api", "PrefectUnavailable", "api_address", "server_is_here", "told_by"]
 
 T = TypeVar("T")
 
@@ -98,6 +99,14 @@ def api_address() -> str:
     """Where this process looks for Prefect's API, without credentials."""
     url = PREFECT_API_URL.value()
     return _without_credentials(str(url)) if url else "(a server of this process's own)"
+
+
+def server_is_here() -> bool:
+    """Whether Prefect's server runs on this machine: then our ledger knows all who use its limits."""
+    url = PREFECT_API_URL.value()
+    if not url:
+        return True  # a server of this process's own
+    return urlsplit(str(url)).hostname in ("127.0.0.1", "localhost", "::1")
 
 
 def told_by(error: BaseException) -> str:

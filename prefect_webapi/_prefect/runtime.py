@@ -6,12 +6,10 @@ from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AbstractContextManager, AsyncExitStack
 from functools import partial
 from typing import Any
-from urllib.parse import urlsplit
 
 import anyio
-from prefect.settings import PREFECT_API_URL
 
-from prefect_webapi._prefect.api import Api
+from prefect_webapi._prefect.api import Api, server_is_here
 from prefect_webapi._prefect.connections import BlockConnections
 from prefect_webapi._prefect.options import Options
 from prefect_webapi._prefect.outputs import ResultStorage
@@ -106,18 +104,10 @@ def make_runtime(
         metrics=metrics,
         runs=PrefectRuns(api),
         settings=settings,
-        owns_limits=store.is_shared or _server_is_here(),
+        owns_limits=store.is_shared or server_is_here(),
     )
     background = [display.run, partial(watch, api)]
     publishing = served(options.metrics_port, options.metrics_host)
     return _Runtime(
         services, me, api=api, slots=slots, background=background, publishing=publishing
     )
-
-
-def _server_is_here() -> bool:
-    """Whether Prefect's server runs on this machine: then our ledger knows all who use its limits."""
-    url = PREFECT_API_URL.value()
-    if not url:
-        return True  # a server of this process's own
-    return urlsplit(str(url)).hostname in ("127.0.0.1", "localhost", "::1")

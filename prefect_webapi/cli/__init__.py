@@ -1,4 +1,4 @@
-"""The command line: `prefect-webapi`. One module per verb, loaded when it is asked for, so that help is quick.
+"""The command line: `prefect-webapi`. One module per verb, which imports slow things when it runs, not for its help.
 
 What goes wrong is told in plain words on standard error: exit code 2 for what the user can mend in the command or
 in a setting, 1 for everything else.
@@ -11,6 +11,9 @@ from importlib import metadata
 
 from cyclopts import App
 
+from prefect_webapi.cli.doctor import doctor
+from prefect_webapi.cli.quickstart import quickstart
+from prefect_webapi.cli.sweep import sweep
 from prefect_webapi.contract.errors import ConfigurationError, WebApiError
 
 __all__ = ["app", "main"]
@@ -22,25 +25,35 @@ def _version() -> str:
 
 app = App(
     name="prefect-webapi",
-    help="Remote jobs of Prefect flows: see them, see the settings, try it all on this machine.",
+    help="Remote jobs of Prefect flows: see them and their quotas, clear up, check what they need, try it all here.",
     version=_version,
 )
-app.command(
-    "prefect_webapi.cli.quickstart:quickstart",
-    name="quickstart",
-    help="Run 20 remote jobs on this machine, in servers of their own: no account, no configuration.",
-)
+app.command(quickstart)
 app.command(
     "prefect_webapi.cli.jobs:app",
     name="jobs",
     help="Look at the jobs in the ledger, end them, settle those that nobody can find out about.",
 )
+app.command(sweep)
 app.command(
-    "prefect_webapi.cli.sweep:sweep",
-    name="sweep",
-    help="End the remote jobs that dead processes and ended flows have left.",
+    "prefect_webapi.cli.limits:app",
+    name="limits",
+    help="See how the quotas are used: who has places, who waits, what has leaked.",
 )
-app.command("prefect_webapi.cli.config:app", name="config", help="Look at the settings.")
+app.command(doctor)
+app.command(
+    "prefect_webapi.cli.plugins:app",
+    name="plugins",
+    help="See which plugins are installed, and what they serve.",
+)
+app.command(
+    "prefect_webapi.cli.config:app",
+    name="config",
+    help="Look at the settings; check a file of limits before it is used.",
+)
+app.register_install_completion_command(  # pyright: ignore[reportUnknownMemberType] - cyclopts leaves it untyped
+    help="Have your shell complete these commands: writes its completion file, and a line in its start file."
+)
 
 
 def main() -> None:

@@ -42,7 +42,12 @@ async def list_jobs(
     ] = 50,
     json: Json = False,
 ) -> None:
-    """List jobs, newest first."""
+    """List jobs, newest first: where each is, and why it waits or how it ended.
+
+    Reads the ledger only.
+
+    Example: `prefect-webapi jobs list --state CREATED --limit 20`
+    """
     from prefect_webapi.cli import screen, views
     from prefect_webapi.cli.ledger import reading
 
@@ -69,7 +74,10 @@ async def show(
     *,
     json: Json = False,
 ) -> None:
-    """Show one job: its phases with times, attempts, handle, link, and how it ended or why not."""
+    """Show one job: its phases with times, attempts, handle, link, and how it ended or why not.
+
+    Example: `prefect-webapi jobs show wa-7f3k`
+    """
     from prefect_webapi.cli import screen, views
     from prefect_webapi.cli.ledger import no_such_job, reading
     from prefect_webapi.contract.keys import JobKey
@@ -99,6 +107,8 @@ async def cancel(
     """End jobs at their services, whichever process looks after them.
 
     Exit code 0: all are over; 1: some have been asked to end and take their time.
+
+    Example: `prefect-webapi jobs cancel wa-7f3k --reason "wrong table"`
     """
     from prefect_webapi import sweeper
     from prefect_webapi.cli import screen, views
@@ -137,6 +147,8 @@ async def resolve(
 
     With --gone its record is closed and its place in the quota is free. With --handle the next run of its flow, or the
     next sweep, takes the job up.
+
+    Example: `prefect-webapi jobs resolve wa-7f3k --gone`
     """
     from prefect_webapi import sweeper
     from prefect_webapi.cli import screen, views

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
+from typing import TypeVar
 
 from prefect_webapi.clock import Clock
 from prefect_webapi.contract.errors import ConfigurationError
 from prefect_webapi.contract.keys import JobKey
+from prefect_webapi.ledger.inspection import LedgerInspector
 from prefect_webapi.ledger.reader import SqlReader
 
-__all__ = ["acting", "no_such_job", "reading"]
+__all__ = ["acting", "inspecting", "no_such_job", "reading"]
+
+ReaderT = TypeVar("ReaderT", bound=SqlReader)
 
 
 @asynccontextmanager
@@ -21,9 +25,22 @@ async def reading(url: str | None = None) -> AsyncGenerator[SqlReader]:
         NoLedger: there is none.
         LedgerError: it can't be used, or not by this version.
     """
+    async with _opened(SqlReader, url) as reader:
+        yield reader
+
+
+@asynccontextmanager
+async def inspecting() -> AsyncGenerator[LedgerInspector]:
+    """The ledger that the settings name, open for counting. Raises as `reading`."""
+    async with _opened(LedgerInspector, None) as inspector:
+        yield inspector
+
+
+@asynccontextmanager
+async def _opened(kind: type[ReaderT], url: str | None) -> AsyncGenerator[ReaderT]:
     from prefect_webapi.settings import WebApiSettings
 
-    reader = SqlReader(url or WebApiSettings.load().ledger_url.get_secret_value(), clock=Clock())
+    reader = kind(url or WebApiSettings.load().ledger_url.get_secret_value(), clock=Clock())
     await reader.open()
     try:
         yield reader

@@ -32,6 +32,8 @@ def quickstart(
 
     It starts a job server, a Prefect server and a flow. At most five jobs are live at once; one fails for good, one
     needs a second attempt, one is cancelled. Exit code 0: everything ended as designed.
+
+    Example: `prefect-webapi quickstart --kill-after 3`
     """
     from prefect_webapi.cli.performance import perform
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -12,7 +14,18 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["console", "pairs", "say_json", "span", "when"]
+__all__ = ["console", "pairs", "quiet", "say_json", "span", "when"]
+
+
+@contextmanager
+def quiet(name: str) -> Generator[None]:
+    """Keep what a logger says off the screen: the verb says it better."""
+    logger = logging.getLogger(name)
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def console(*, pipe_columns: int = 160) -> Console:

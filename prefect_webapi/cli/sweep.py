@@ -29,6 +29,8 @@ async def sweep(
 
     Looks once at every job in the ledger that is not over. Safe at any time, beside running flows and other sweepers.
     Exit code 0: all was done that can be; 1: something could not be, it is listed.
+
+    Example: `prefect-webapi sweep --dry-run`
     """
     from prefect_webapi import sweeper
     from prefect_webapi.cli import screen

@@ -18,12 +18,12 @@ from prefect_webapi.contract.plugin import AsyncPlugin
 from prefect_webapi.engine.calls import Calls
 from prefect_webapi.engine.services import Services
 from prefect_webapi.ledger.records import JobState
-from prefect_webapi.ledger.store import Store
+from prefect_webapi.ledger.store import Reader, Store
 from prefect_webapi.poller import Observation, Poller, ReadingPolicy
 from prefect_webapi.quotas import Repair
 from prefect_webapi.registry import Loaded
 
-__all__ = ["Capacity", "Channel", "Channels", "LedgerCount", "limit_name"]
+__all__ = ["Capacity", "Channel", "Channels", "LedgerCount", "held_in", "limit_name"]
 
 logger = logging.getLogger(__name__)
 
@@ -233,24 +233,28 @@ class LedgerCount:
         return await self._store.note_surplus(name, slots, at, since)
 
     async def held(self, name: str) -> int:
-        """Places of jobs that may live, and those that may be lent to a job which this ledger has no room for.
+        return await held_in(self._store, name)
 
-        A job that it has room for keeps its slots for the moment only that they take to be written down. So a leak
-        shows although jobs wait, and because of it.
-        """
-        waiting = await self._store.select(states=[JobState.SLOT_REQUESTED])
-        rows = {row.name: row for row in await self._store.quotas()}
-        lent: dict[tuple[str, tuple[str, ...]], int] = {}
-        for record in waiting:  # the first of each queue may have slots
-            fits = all(
-                (row := rows.get(limit)) is not None and row.live + record.weight <= row.limit
-                for limit in record.quotas
-            )
-            if name in record.quotas and not fits:
-                queue = record.runtime, record.quotas
-                lent[queue] = max(lent.get(queue, 0), record.weight)
-        row = rows.get(name)
-        return (row.live if row is not None else 0) + sum(lent.values())
+
+async def held_in(ledger: Reader, name: str) -> int:
+    """Places of jobs that may live, and those that may be lent to a job which this ledger has no room for.
+
+    A job that it has room for keeps its slots for the moment only that they take to be written down. So a leak
+    shows although jobs wait, and because of it.
+    """
+    waiting = await ledger.select(states=[JobState.SLOT_REQUESTED])
+    rows = {row.name: row for row in await ledger.quotas()}
+    lent: dict[tuple[str, tuple[str, ...]], int] = {}
+    for record in waiting:  # the first of each queue may have slots
+        fits = all(
+            (row := rows.get(limit)) is not None and row.live + record.weight <= row.limit
+            for limit in record.quotas
+        )
+        if name in record.quotas and not fits:
+            queue = record.runtime, record.quotas
+            lent[queue] = max(lent.get(queue, 0), record.weight)
+    row = rows.get(name)
+    return (row.live if row is not None else 0) + sum(lent.values())
 
 
 def _key(loaded: Loaded) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""`prefect-webapi config show`: every setting, its value, and who gave it."""
+"""`prefect-webapi config`: every setting, its value, and who gave it; what is wrong with a file, all at once."""
 
 from __future__ import annotations
 
@@ -89,3 +89,85 @@ def test_every_wrong_setting_is_listed_and_the_exit_code_is_2(
     assert (ended.code, ended.out) == (2, "")
     assert "SLOT_LEASE" in ended.err
     assert "METRICS_PORT" in ended.err
+
+
+# --- validate ----------------------------------------------------------------------------------
+
+FLYTES = """
+plugins:
+  athena:
+    webApi:
+      readRateLimiter: {qps: 4, burst: 5}
+      resourceQuotas: [{default: 7}]
+  spark:
+    sparkConfig: {}
+  snowflake:
+    webApi:
+      caching: {resyncInterval: 5s}
+"""
+
+
+def test_flytes_file_is_taken_and_what_would_hold_is_shown(here: Path, command: Command) -> None:
+    (here / "flyte.yaml").write_text(FLYTES)
+    ended = command("config", "validate", "flyte.yaml", "--json")
+    assert ended.code == 0
+    found = {part["path"]: part["config"] for part in ended.data["parts"]}
+    assert found.keys() == {"plugins.athena.webApi", "plugins.snowflake.webApi"}
+    assert found["plugins.athena.webApi"]["resourceQuotas"] == {"default": 7}
+    assert found["plugins.athena.webApi"]["writeRateLimiter"]["qps"] == 20
+    assert found["plugins.snowflake.webApi"]["caching"]["resyncInterval"] == "5s"
+    assert (
+        "plugins.athena.webApi.readRateLimiter.qps"
+        in command("config", "validate", "flyte.yaml").out
+    )
+
+
+@pytest.mark.parametrize("name", ["engine", "webApi", ""])
+def test_flags_say_otherwise_than_the_file(here: Path, command: Command, name: str) -> None:
+    """CASE-017: as argparse takes them."""
+    body = "caching: {workers: 3, resyncInterval: 1m}"
+    (here / "limits.yaml").write_text(f"{name}: {{{body}}}" if name else body)
+    flags = ("--caching.resyncInterval=45s", "--readRateLimiter.qps", "7")
+    (part,) = command("config", "validate", "limits.yaml", *flags, "--json").data["parts"]
+    assert part["path"] == name
+    assert part["config"]["caching"]["resyncInterval"] == "45s"
+    assert part["config"]["caching"]["workers"] == 3
+    assert part["config"]["readRateLimiter"] == {"qps": 7, "burst": 300}
+
+
+def test_every_fault_of_a_file_is_told_at_once_with_its_place(here: Path, command: Command) -> None:
+    """REQ-06: also of the parts of one file, and for programs."""
+    (here / "block.yaml").write_text(
+        "engine:\n  readRateLimiter: {qps: 0, burst: 5}\n  caching: {resyncinterval: 5s}\n"
+        "settings:\n  deadline: soon\n"
+    )
+    ended = command("config", "validate", "block.yaml")
+    assert (ended.code, ended.out) == (2, "")
+    assert "block.yaml has 3 faults" in ended.err
+    assert "engine.caching.resyncinterval: unknown key. Did you mean `resyncInterval`?" in ended.err
+    told = command("config", "validate", "block.yaml", "--json")
+    assert told.code == 2
+    assert [fault["path"] for fault in told.data["faults"]] == [
+        "engine.readRateLimiter.qps",
+        "engine.caching.resyncinterval",
+        "settings.deadline",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("- 1", "holds list where keys with values are expected"),
+        ("plugins: {spark: {}}", "none of them has a configuration"),
+        ("webApi: 7", "webApi: holds int where keys with values are expected"),
+        (None, "can't be read: No such file or directory"),
+    ],
+)
+def test_what_is_no_configuration_is_refused(
+    here: Path, command: Command, text: str | None, told: str
+) -> None:
+    if text is not None:
+        (here / "odd.yaml").write_text(text)
+    ended = command("config", "validate", "odd.yaml")
+    assert ended.code == 2
+    assert told in ended.err
