@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Any, ClassVar, TypeVar
 
@@ -22,6 +23,7 @@ __all__ = ["SqlReader"]
 T = TypeVar("T")
 
 _PAUSES = (0.05, 0.2, 0.5)
+_CLOSING_SECONDS = 10.0
 
 
 class SqlReader:
@@ -42,6 +44,7 @@ class SqlReader:
         self._engine = self._backend.make_engine(read_only=self._read_only)
         self._reader = RecordReader(self._backend.address)
         self._reads = self._engine.execution_options(**self._backend.read_options)
+        self._reading: set[asyncio.Task[Any]] = set()
 
     @property
     def address(self) -> str:
@@ -71,6 +74,10 @@ class SqlReader:
 
     async def aclose(self) -> None:
         with anyio.CancelScope(shield=True):
+            if self._reading:
+                _, late = await asyncio.wait(self._reading, timeout=_CLOSING_SECONDS)
+                for reading in late:
+                    reading.cancel()
             await self._engine.dispose()
 
     async def get(self, key: JobKey) -> Record | None:
@@ -130,7 +137,12 @@ class SqlReader:
             async with self._reads.connect() as conn:
                 return (await conn.execute(query, values)).all()
 
-        return await self._again(read)
+        # Who waits may be cancelled, the read goes on: cut off half-way it leaves its connection open, and that
+        # connection's thread alive.
+        reading = asyncio.get_running_loop().create_task(self._again(read))
+        self._reading.add(reading)
+        reading.add_done_callback(self._reading.discard)
+        return await asyncio.shield(reading)
 
     async def _again(self, work: Callable[[], Awaitable[T]]) -> T:
         """Do what is repeatable, a few times while the trouble may pass."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import subprocess
 import sys
@@ -173,3 +174,16 @@ async def test_a_role_that_may_only_select_is_enough(
     finally:
         await raw(postgres_url, "DROP OWNED BY looker")
         postgres_server.psql("DROP ROLE looker")
+
+
+async def test_a_read_that_nobody_waits_for_any_more_leaves_no_connection_open(
+    sqlite_store: SqlStore,
+) -> None:
+    """Python 3.13 and later tell of a connection that is collected unclosed; then this test fails."""
+    for turn in range(300):
+        reading = asyncio.ensure_future(sqlite_store.runtimes())
+        await asyncio.sleep(turn % 30 / 10_000)
+        reading.cancel()
+        await asyncio.wait([reading])
+    await sqlite_store.aclose()
+    gc.collect()
