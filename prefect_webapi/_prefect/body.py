@@ -121,8 +121,11 @@ class Call(Generic[WaitT]):
     forget: Callable[[], None]
     ended: list[JobKey] = field(default_factory=list[JobKey])
 
-    def ends(self, *outcomes: Outcome) -> None:
-        self.ended.extend(outcome.job_key for outcome in outcomes)
+    def ended_as(self, outcome: Outcome) -> Outcome:
+        """A job is over; its outcome once more."""
+        self.ended.append(outcome.job_key)
+        self.reporter.ended(outcome)
+        return outcome
 
     def close(self) -> None:
         """Nothing of ours touches the task run after this."""
@@ -149,9 +152,7 @@ async def run_async(
         return spec
 
     async def end(call: Call[Ticket]) -> State[Any]:
-        outcome = await call.ticket.outcome()
-        call.ends(outcome)
-        return states.ending(outcome)
+        return states.ending(call.ended_as(await call.ticket.outcome()))
 
     return await driven(load, lambda engine: _admit(job, spec, context, engine), end)
 
@@ -201,8 +202,7 @@ def run_sync(
     try:
         try:
             call = _admit(job, spec, context, service.start(load))
-            outcome = call.ticket.outcome_blocking()
-            call.ends(outcome)
+            outcome = call.ended_as(call.ticket.outcome_blocking())
             return _told_blocking(states.ending(outcome))
         except INTERRUPTS as interrupt:
             cause = _interrupted(call, interrupt, began)
@@ -239,7 +239,6 @@ def _checked(job: Job, described: Any) -> JobSpec[Any]:
 def _admit(job: Job, spec: JobSpec[Any], context: TaskRunContext, engine: Engine) -> Call[Ticket]:
     own = getattr(context.task, "job", job)  # with_options changed the task, not the function
     run: TaskRun = context.task_run
-    reporter = TaskRunReporter(engine.display)
     who = caller(
         run,
         chain=own.chain or chain_here(own=run.id),
@@ -247,6 +246,7 @@ def _admit(job: Job, spec: JobSpec[Any], context: TaskRunContext, engine: Engine
         retries=context.task.retries,
         idempotency_key=own.idempotency_key,
     )
+    reporter = TaskRunReporter(engine.display, deployment=who.deployment)
     request = request_of(
         own, spec, who, reporter, task_name=context.task.name, inputs=_inputs(context.parameters)
     )
@@ -388,7 +388,7 @@ async def until_stopped(call: Call[Any]) -> Outcome | None:
     """How the job ended; None when that isn't known in time. The delete goes on in any case."""
     with anyio.CancelScope(shield=True), anyio.move_on_after(CANCEL_SECONDS):
         try:
-            return await call.ticket.outcome()
+            return call.ended_as(await call.ticket.outcome())
         except (Exception, asyncio.CancelledError):  # noqa: BLE001 - the interrupt counts, not what the engine met
             return None  # who cancels again, as `asyncio.run` does in the end, is in a hurry
     return None
@@ -396,6 +396,6 @@ async def until_stopped(call: Call[Any]) -> Outcome | None:
 
 def _until_stopped_blocking(call: Call[Ticket]) -> Outcome | None:
     try:
-        return call.ticket.outcome_blocking()
+        return call.ended_as(call.ticket.outcome_blocking())
     except Exception:  # noqa: BLE001 - as above
         return None

@@ -71,8 +71,7 @@ async def run_jobs(
 
     async def end(call: Call[_Jobs]) -> State[Any]:
         await call.ticket.start()
-        outcomes = await call.ticket.outcomes()
-        call.ends(*outcomes)
+        outcomes = [call.ended_as(each) for each in await call.ticket.outcomes()]
         return _end(outcomes, raise_on_failure)
 
     return await driven(load, admit, end)
@@ -226,7 +225,7 @@ class _Jobs:
 
     def _count(self, outcome: Outcome) -> None:
         self._left -= 1
-        self._reporter.over(outcome.job_key, failed=outcome.info.phase is not Phase.SUCCESS)
+        self._reporter.over(outcome)
 
     def _fail(self, error: Exception) -> None:
         self._error = self._error or error

@@ -1,8 +1,8 @@
-"""What Prefect's users see of a job while it lives: states of its task run, log lines, one link.
+"""What Prefect's users see of a job while it lives: states of its task run, events, log lines, artifacts.
 
 States go out as events on the live task run: no orchestration call, no run count. The server stores some
 77 of them a second and forgets its backlog when it restarts, so this process spends a budget, the newest
-state of a task run wins, and nothing here is ever asked for the truth. How a job ends isn't told here: the
+state of a task run wins, and nothing here is ever asked for the truth. How a task run ends isn't told here: the
 task's body returns it as a state.
 """
 
@@ -13,15 +13,11 @@ import contextvars
 import logging
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable
-from contextlib import AsyncExitStack
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
-from uuid import UUID
 
-from prefect.client.orchestration import PrefectClient, get_client
-from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
+import anyio
 from prefect.client.schemas.objects import State, StateDetails, StateType, TaskRun
 from prefect.context import TaskRunContext
 from prefect.events import Event
@@ -29,8 +25,12 @@ from prefect.logging.loggers import task_run_logger
 from prefect.utilities.engine import emit_task_run_state_change_event
 
 from prefect_webapi._prefect import states
+from prefect_webapi._prefect.artifacts import Artifacts, Card
+from prefect_webapi._prefect.cards import Story, links_of
+from prefect_webapi._prefect.events import PHASES, emit_job_event, end_of
 from prefect_webapi._prefect.states import Shown
-from prefect_webapi.contract.phase import Phase, PhaseInfo, TaskLog
+from prefect_webapi.contract.phase import Phase, PhaseInfo
+from prefect_webapi.engine.request import Outcome
 from prefect_webapi.ledger.records import Record
 
 __all__ = ["Display", "ManyReporter", "TaskRunReporter", "emit_state"]
@@ -39,8 +39,6 @@ logger = logging.getLogger(__name__)
 
 PROGRESS_SECONDS = 10.0
 """Least time between two reports of one job under the same state name."""
-LINK_SECONDS = 10.0
-MOST_PARTS = 20
 
 
 def emit_state(task_run: TaskRun, shown: Shown, *, follows: Event | None = None) -> Event | None:
@@ -68,7 +66,7 @@ def emit_state(task_run: TaskRun, shown: Shown, *, follows: Event | None = None)
 
 
 class Display:
-    """The budget of one process, and its links. `run` sends what had to wait.
+    """The budget of one process. `run` sends what had to wait.
 
     All but `run` may be called from any thread.
     """
@@ -83,7 +81,7 @@ class Display:
         self._at = monotonic()
         self._lock = threading.Lock()
         self._waiting: dict[TaskRunReporter, None] = {}
-        self._links: dict[TaskRunReporter, None] = {}
+        self.artifacts = Artifacts()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stirred: asyncio.Event | None = None
 
@@ -106,11 +104,9 @@ class Display:
         with self._lock:
             self._waiting.pop(reporter, None)
 
-    def links(self, reporter: TaskRunReporter) -> None:
-        """`reporter` has links to show in Prefect's UI."""
-        with self._lock:
-            self._links[reporter] = None
-        self._stir()
+    def spare(self) -> bool:
+        """Whether the budget has room for one event more, which is spent then."""
+        return self._take()
 
     def _take(self) -> bool:
         with self._lock:
@@ -132,23 +128,22 @@ class Display:
             self._loop = None
 
     async def run(self) -> None:
-        """Send what waits, as the budget allows; write links. Ends by cancellation."""
+        """Send what waits, as the budget allows; write artifacts. Ends by cancellation."""
+        async with anyio.create_task_group() as group:
+            group.start_soon(self.artifacts.run)
+            await self._send()
+
+    async def _send(self) -> None:
         self._stirred = stirred = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         try:
-            async with AsyncExitStack() as stack:
-                client: PrefectClient | None = None
-                while True:
-                    stirred.clear()
-                    pause = self.tick()
-                    if self._links and client is None:
-                        client = await stack.enter_async_context(get_client())
-                    if client is not None:
-                        await self._write_links(client)
-                    if pause is None:
-                        await stirred.wait()
-                    else:
-                        await asyncio.sleep(pause)
+            while True:
+                stirred.clear()
+                pause = self.tick()
+                if pause is None:
+                    await stirred.wait()
+                else:
+                    await asyncio.sleep(pause)
         finally:
             self._loop = self._stirred = None
 
@@ -168,40 +163,32 @@ class Display:
                 self._waiting.pop(ready, None)
             ready.send()
 
-    async def _write_links(self, client: PrefectClient) -> None:
-        while True:
-            with self._lock:
-                reporter = next(iter(self._links), None)
-                if reporter is None:
-                    return
-                del self._links[reporter]
-            try:
-                async with asyncio.timeout(LINK_SECONDS):
-                    await reporter.write_links(client)
-            except Exception as error:  # noqa: BLE001 - a missing link must never harm a job
-                logger.debug("no links are shown: %s", error)
-
 
 class TaskRunReporter:
     """Tells about one job of one task run. Made in the task's own context; closed before it ends."""
 
-    def __init__(self, display: Display, *, with_links: bool = True) -> None:
+    def __init__(self, display: Display, *, deployment: str = "", count: int = 1) -> None:
         context = TaskRunContext.get()
         if context is None:
             raise RuntimeError("a reporter is made inside a task run")
         self._display = display
         self._task_run = context.task_run
+        self._task = context.task.name
+        self._max_attempts = context.task.retries + 1
+        self._deployment = deployment
         self._logger = task_run_logger(task_run=context.task_run, task=context.task)
         self._context = contextvars.copy_context()
         self._lock = threading.Lock()
-        self._with_links = with_links
-        self._links = ""
-        self._about = ""
-        self._key = ""
-        self._artifact: UUID | None = None
+        self._progress = display.artifacts.progress(
+            flow_run=self._task_run.flow_run_id, task_run=self._task_run.id
+        )
+        self._progress.expect(count)
+        self._story: Story | None = None
+        self._card: Card | None = None
         self._closed = False
         self._shown: Shown | None = None
         self._next: Shown | None = None
+        self._evented: str | None = None
         self._sent_at: float | None = None
         self._event: Event | None = None
 
@@ -210,20 +197,37 @@ class TaskRunReporter:
     def phase(self, record: Record, info: PhaseInfo, *, waiting_for_quota: bool) -> None:
         shown = states.shown(info, waiting_for_quota=waiting_for_quota)
         if shown is not None:
+            name = info.phase.name
+            self._tell(record.key, name, info.reason, record=record, info=info, shown=shown)
             self._offer(shown, record)
-        self._offer_links(info, record)
 
     def cancelling(self, record: Record, reason: str) -> None:
-        self._offer(states.cancelling(reason), record)
+        shown = states.cancelling(reason)
+        self._tell(record.key, "CANCELLING", reason, record=record, shown=shown)
+        self._offer(shown, record)
 
-    # --- inside ------------------------------------------------------------------------------------
+    # --- the task's body ---------------------------------------------------------------------------
+
+    def ended(self, outcome: Outcome) -> None:
+        """The job is over: its card and an event say so; the state is the body's."""
+        info = outcome.info
+        failed = info.phase is not Phase.SUCCESS
+        story = self._tell(outcome.job_key, info.phase.name, info.reason, info=info, failed=failed)
+        self._progress.over(outcome.job_key, failed=failed)
+        what = end_of(info, stopped_by_us=outcome.stopped_by_us)
+        self._emit(what, story, info.reason)
 
     def close(self) -> None:
         """Show nothing any more: the task run is about to get its last state from Prefect's engine."""
         with self._lock:
             self._closed = True
             self._next = None
+            story = self._story
         self._display.forget(self)
+        if story is not None:
+            self._progress.note(story.key, None)
+
+    # --- inside ------------------------------------------------------------------------------------
 
     def due_in(self) -> float:
         """Seconds until what waits may be sent."""
@@ -245,24 +249,65 @@ class TaskRunReporter:
                 logger.debug("task run %s can't be shown: %s", self._task_run.id, error)
             self._shown = shown
             self._sent_at = time.monotonic()
+            is_new, self._evented = self._evented != shown.name, shown.name
+            story = self._story
+        if is_new and story is not None:
+            self._emit(PHASES[shown.name], story, shown.message)
 
-    async def write_links(self, client: PrefectClient) -> None:
-        """Write the job's links beside its task run: one artifact per job, changed in place."""
-        run = self._task_run
-        if self._artifact is not None:
-            await client.update_artifact(self._artifact, ArtifactUpdate(data=self._links))
-            return
-        made = await client.create_artifact(
-            ArtifactCreate(
-                type="markdown",
-                key=self._key,
-                description=self._about,
-                data=self._links,
-                task_run_id=run.id,
-                flow_run_id=run.flow_run_id,
+    def _emit(self, what: str, story: Story, reason: str) -> None:
+        try:
+            self._context.copy().run(
+                emit_job_event,
+                what,
+                story,
+                self._task_run,
+                reason=reason,
+                deployment=self._deployment,
             )
-        )
-        self._artifact = made.id
+        except Exception as error:  # noqa: BLE001 - as above
+            logger.debug("no event tells of job %s: %s", story.key, error)
+
+    def _tell(
+        self,
+        key: str,
+        name: str,
+        reason: str,
+        *,
+        record: Record | None = None,
+        info: PhaseInfo | None = None,
+        shown: Shown | None = None,
+        failed: bool = False,
+    ) -> Story:
+        """Add to the job's story, and to its card if it has one."""
+        with self._lock:
+            story = self._story
+            is_first = story is None
+            if story is None:
+                story = self._story = Story(
+                    key, self._task, max(1, self._task_run.run_count), self._max_attempts
+                )
+                if record is not None:
+                    story.steps.extend(record.details.steps[:-1])  # of earlier runs
+            had = links_of(story.info) if story.info else ""
+            story.record, story.info = record or story.record, info or story.info
+            at = (info.info.occurred_at if info else None) or datetime.now(UTC)
+            is_news = story.note(name, at, reason)
+            has_links = story.info is not None and links_of(story.info) != had
+            if self._card is None and (
+                (is_first and self._progress.wants_card())
+                or (failed and self._progress.wants_card(failed=True))
+            ):
+                run = self._task_run
+                self._card = Card(story, flow_run=run.flow_run_id, task_run=run.id)
+            card = self._card
+        if shown is not None:
+            self._progress.note(key, shown.name)
+        artifacts, is_over = self._display.artifacts, shown is None
+        if card is not None and (is_news or has_links):
+            artifacts.offer(card, urgent=is_over or (has_links and not is_first))
+        if self._progress.is_many:
+            artifacts.offer(self._progress)
+        return story
 
     def _offer(self, shown: Shown, record: Record | None) -> None:
         with self._lock:
@@ -296,27 +341,13 @@ class TaskRunReporter:
             extra={"job_key": record.key, "plugin": record.plugin, "phase": shown.name},
         )
 
-    def _offer_links(self, info: PhaseInfo, record: Record) -> None:
-        text = links_of(info)
-        with self._lock:
-            if not text or text == self._links or self._closed or not self._with_links:
-                return
-            self._links = text
-            self._key = f"job-{record.key}"
-            self._about = f"Job {record.key} of {record.details.task_name or record.task_type}"
-        self._display.links(self)
-
 
 class ManyReporter(TaskRunReporter):
     """Tells about many jobs of one task run: how many are in which phase, and how far all of them are."""
 
     def __init__(self, display: Display, count: int) -> None:
-        super().__init__(display, with_links=False)
-        self._count = count
-        self._phases: dict[str, str] = {}
-        self._numbers: Counter[str] = Counter()
-        self._over = self._failed = 0
-        self._percent = -1
+        super().__init__(display, count=count)
+        self._progress.is_many = True
 
     def phase(self, record: Record, info: PhaseInfo, *, waiting_for_quota: bool) -> None:
         shown = states.shown(info, waiting_for_quota=waiting_for_quota)
@@ -326,80 +357,33 @@ class ManyReporter(TaskRunReporter):
     def cancelling(self, record: Record, reason: str) -> None:
         self._note(record.key, "Cancelling")
 
+    def ended(self, outcome: Outcome) -> None:
+        """Each was told by `over`."""
+
     def again(self, key: str) -> None:
         """An attempt has ended; the next one has a key of its own."""
         self._note(key, None)
 
-    def over(self, key: str, *, failed: bool) -> None:
+    def over(self, outcome: Outcome) -> None:
         """A job has ended, for good."""
-        with self._lock:
-            self._over += 1
-            self._failed += failed
-            percent = self._over * 100 // self._count
-            is_news, self._percent = percent != self._percent, percent
-        self._note(key, None)
-        if is_news:
-            self._display.links(self)
+        failed = outcome.info.phase is not Phase.SUCCESS
+        self._progress.over(outcome.job_key, failed=failed)
+        if failed and self._progress.wants_card(failed=True):
+            self._show_failed(outcome)
+        self._note(outcome.job_key, None)
 
-    async def write_links(self, client: PrefectClient) -> None:
-        """Write how far they are: one progress artifact of the task run, changed in place."""
-        with self._lock:
-            data, told = float(self._percent), self._told()
-        if self._artifact is not None:
-            await client.update_artifact(
-                self._artifact, ArtifactUpdate(data=data, description=told)
-            )
-            return
+    def _show_failed(self, outcome: Outcome) -> None:
+        """Of failed ones some have a card, and an event while the budget has room."""
+        info = outcome.info
+        story = Story(outcome.job_key, self._task, info=info)
+        story.note(info.phase.name, info.info.occurred_at or datetime.now(UTC), info.reason)
         run = self._task_run
-        made = await client.create_artifact(
-            ArtifactCreate(
-                type="progress",
-                key=f"jobs-{run.id}",
-                description=told,
-                data=data,
-                task_run_id=run.id,
-                flow_run_id=run.flow_run_id,
-            )
-        )
-        self._artifact = made.id
+        card = Card(story, flow_run=run.flow_run_id, task_run=run.id)
+        self._display.artifacts.offer(card, urgent=True)
+        if self._display.spare():
+            self._emit(end_of(info, stopped_by_us=outcome.stopped_by_us), story, info.reason)
 
     def _note(self, key: str, name: str | None) -> None:
-        with self._lock:
-            before = self._phases.pop(key, None)
-            if before is not None:
-                self._numbers[before] -= 1
-            if name is not None:
-                self._phases[key] = name
-                self._numbers[name] += 1
-            told = self._told()
-        self._offer(Shown(StateType.RUNNING, "Running", told), None)
-
-    def _told(self) -> str:
-        failed = f", {self._failed} of them failed" if self._failed else ""
-        live = [f"{number} {name}" for name, number in self._numbers.items() if number]
-        return "; ".join([f"{self._over} of {self._count} jobs are over{failed}", *live])
-
-
-def links_of(info: PhaseInfo) -> str:
-    """The job's links as Markdown, one a line; those of its parts after its own."""
-    logs = [_link(log) for log in _to_show(info)]
-    for part in sorted(info.info.external_resources, key=lambda part: part.index)[:MOST_PARTS]:
-        logs += [f"{_plain(part.external_id)}: {_link(log)}" for log in part.logs]
-    return "\n\n".join(logs)
-
-
-def _to_show(info: PhaseInfo) -> tuple[TaskLog, ...]:
-    logs = info.info.logs
-    if info.phase is Phase.RUNNING:
-        return logs
-    early = tuple(log for log in logs if log.show_while_pending)
-    return early or logs[:1]  # a job that only waits has its page, not yet its logs
-
-
-def _link(log: TaskLog) -> str:
-    kept = f" (kept for {log.ttl})" if log.ttl else ""
-    return f"[{_plain(log.name)}](<{log.uri}>){kept}"
-
-
-def _plain(text: str) -> str:
-    return "".join("\\" + c if c in "[]()<>*_`\\" else c for c in text)
+        self._progress.note(key, name)
+        self._display.artifacts.offer(self._progress)
+        self._offer(Shown(StateType.RUNNING, "Running", self._progress.told()), None)

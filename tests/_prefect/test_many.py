@@ -72,8 +72,10 @@ class Reporter:
     def again(self, key: str) -> None:
         self.told.append(f"{key} again")
 
-    def over(self, key: str, *, failed: bool) -> None:
-        self.told.append(f"{key} over")
+    def over(self, outcome: Outcome) -> None:
+        self.told.append(f"{outcome.job_key} over")
+
+    def ended(self, outcome: Outcome) -> None: ...
 
 
 def jobs_on(host: Host, count: int, *, retries: int = 0, delay: float = 0.0) -> _Jobs:
@@ -227,5 +229,5 @@ async def test_an_error_of_the_engine_does_not_swallow_an_interrupt() -> None:
     jobs = jobs_on(host, 1)
     await jobs.start()
     host.tickets[0].future.set_exception(OSError("no disk"))
-    call = Call(cast(Any, jobs), cast(Any, None), cast(Any, None), lambda: None)
+    call = Call(cast(Any, jobs), cast(Any, Reporter()), cast(Any, None), lambda: None)
     assert await until_stopped(call) is None

@@ -13,7 +13,8 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterTaskRunId
 from prefect.context import TaskRunContext
 
-from prefect_webapi._prefect.reports import Display, TaskRunReporter, links_of
+from prefect_webapi._prefect.cards import links_of
+from prefect_webapi._prefect.reports import Display, TaskRunReporter
 from prefect_webapi.contract.keys import Base, Fingerprint, JobKey
 from prefect_webapi.contract.phase import ExternalResource, PhaseInfo, TaskInfo, TaskLog
 from prefect_webapi.ledger.records import JobState, Record
@@ -164,8 +165,8 @@ async def test_the_first_links_are_an_artifact_of_the_task_run_and_change_in_pla
         await asyncio.gather(runner, return_exceptions=True)
     (artifact,) = await artifacts(run)
     assert artifact.key == "job-jreports"
-    assert artifact.data == (
-        "[Page](<http://service/job?a=1&b=2>)\n\n[Logs](<http://service/logs>)"
+    assert artifact.data.endswith(
+        "\n\n[Page](<http://service/job?a=1&b=2>)\n\n[Logs](<http://service/logs>)"
     )
 
 

@@ -73,8 +73,8 @@ class PrefectServer:
         except (urllib.error.URLError, OSError):
             return False
 
-    def start(self) -> None:
-        """Start it and wait until it answers."""
+    def start(self, **settings: str) -> None:
+        """Start it, with settings that win over ours, and wait until it answers."""
         env = {key: value for key, value in os.environ.items() if not key.startswith("PREFECT_")}
         env |= {
             "WATCHED": str(self.watched),
@@ -90,6 +90,7 @@ class PrefectServer:
             "PREFECT_SERVER_SERVICES_SCHEDULER_ENABLED": "false",
             "PREFECT_SERVER_SERVICES_FOREMAN_ENABLED": "false",
             "PREFECT_SERVER_SERVICES_TRIGGERS_ENABLED": "false",
+            **settings,
         }
         server = [
             *(sys.executable, "-m", "prefect", "server", "start"),
@@ -140,10 +141,10 @@ class PrefectServer:
             pass
         self.group = None
 
-    def restart(self) -> None:
+    def restart(self, **settings: str) -> None:
         """Stop and start again: same port, same data base."""
         self.stop()
-        self.start()
+        self.start(**settings)
 
     def environment(self, **more: str) -> dict[str, str]:
         """What a child process needs to talk to this server, and nothing of this process's Prefect."""
