@@ -237,6 +237,7 @@ async def test_the_counters_move_with_the_jobs(
         job_server.fault("get", status=500, times=2)
         job_server.fault("delete", status=429, times=2)
         ticket = host.admit(request(ReportJob(outcome="never"), task_type="single"))
+        await eventually(lambda: job_server.stats().created == 3, within=10)
         await eventually(lambda: job_server.log("get")[-1:] and _last(job_server) == 200, within=10)
         assert await eventually(lambda: metrics.value("tracked_jobs", plugin="single"), within=5)
         assert metrics.value("held_slots") == 1

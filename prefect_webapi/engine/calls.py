@@ -307,7 +307,7 @@ class Calls:
 
 def _mask(loaded: Loaded, argument: Any) -> Mask:
     """Knows the connection's secrets and those that the job was given: authors make mistakes."""
-    given = argument.secret_manager.given if isinstance(argument, TaskView | StatusView) else ()
+    given = argument.given if isinstance(argument, TaskView | StatusView) else ()
     return loaded.mask.with_more(secrets_in(given))
 
 

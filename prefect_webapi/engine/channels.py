@@ -16,6 +16,7 @@ import anyio.abc
 from prefect_webapi.contract.errors import WebApiError
 from prefect_webapi.contract.plugin import AsyncPlugin
 from prefect_webapi.engine.calls import Calls
+from prefect_webapi.engine.contexts import GetView
 from prefect_webapi.engine.services import Services
 from prefect_webapi.ledger.records import JobState
 from prefect_webapi.ledger.store import Reader, Store
@@ -98,10 +99,10 @@ class _Reading:
         self._loaded = loaded
 
     async def one(self, context: Any) -> Any:
-        return await self._calls.get(self._loaded, context.resource_meta)
+        return await self._calls.get(self._loaded, context)
 
     async def many(self, contexts: Sequence[Any]) -> Sequence[Any | Exception | None]:
-        return await self._calls.get_many(self._loaded, contexts)
+        return await self._calls.get_many(self._loaded, [GetView(each) for each in contexts])
 
 
 class Channels:

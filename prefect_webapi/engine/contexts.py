@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from pydantic import BaseModel, SecretStr
 from pydantic_core import PydanticSerializationError, to_json
@@ -22,6 +22,7 @@ __all__ = [
     "OutputSlot",
     "StatusView",
     "TaskView",
+    "ViewSource",
     "storage_prefix",
     "task_view",
 ]
@@ -137,6 +138,18 @@ class _SecretManager:
         return value
 
 
+class ViewSource(Protocol):
+    """Has a task view, or makes it when it is asked for: most reads of a job need none."""
+
+    @property
+    def view(self) -> TaskView: ...
+
+    @property
+    def given(self) -> Sequence[SecretStr]:
+        """Secrets that the author's code has got through the view."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class TaskView:
     """What `create`, `find`, `do` and `resource_requirements` may look at."""
@@ -147,6 +160,14 @@ class TaskView:
     output_writer: OutputSlot
     task_execution_metadata: TaskExecutionMetadata
     max_dataset_size_bytes: int
+
+    @property
+    def view(self) -> TaskView:
+        return self
+
+    @property
+    def given(self) -> Sequence[SecretStr]:
+        return self.secret_manager.given
 
     @property
     def task_reader(self) -> _TaskReader:
@@ -222,9 +243,17 @@ class DeleteView:
 class StatusView:
     """A task view with a handle and a snapshot beside it."""
 
-    task: TaskView
+    source: ViewSource
     resource_meta: Any
     resource: Any
+
+    @property
+    def task(self) -> TaskView:
+        return self.source.view
+
+    @property
+    def given(self) -> Sequence[SecretStr]:
+        return self.source.given
 
     @property
     def secret_manager(self) -> _SecretManager:

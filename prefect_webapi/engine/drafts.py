@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from prefect_webapi.contract.errors import ConfigurationError, QuotaNotConfigured
 from prefect_webapi.contract.keys import (
-    Fingerprint,
-    JobKey,
     base_of,
     fingerprint_of,
     idempotent_base,
@@ -17,13 +14,13 @@ from prefect_webapi.contract.keys import (
 from prefect_webapi.contract.task import JobSpec, ResourceRequirements
 from prefect_webapi.engine.calls import Calls, guarantee
 from prefect_webapi.engine.channels import Channel, Channels, limit_name
-from prefect_webapi.engine.contexts import TaskView, task_view
+from prefect_webapi.engine.job import view_of
 from prefect_webapi.engine.request import Caller, JobRequest
 from prefect_webapi.engine.services import Services
 from prefect_webapi.ledger.records import Details, Draft, JobState, Record
 from prefect_webapi.registry import Loaded
 
-__all__ = ["conflict", "draft_for", "view_for"]
+__all__ = ["conflict", "draft_for"]
 
 KEPT_SPEC_BYTES = 64 * 1024
 
@@ -48,9 +45,7 @@ async def draft_for(
     quotas: tuple[str, ...] = ()
     weight, namespace = 1, None
     if channel.quotas:
-        probe = _view(
-            services, loaded, request, job_key(base, 0, 1), fingerprint, caller.attempt, None
-        )
+        probe = view_of(services, loaded, request, job_key(base, 0, 1), fingerprint, caller.attempt)
         needs = await calls.requirements(loaded, probe)
         namespace, weight = needs.namespace, needs.places
         if namespace not in channel.quotas:
@@ -88,7 +83,7 @@ async def draft_for(
             task_key=request.task_key,
             deployment=caller.deployment,
             home=services.runs.home,
-            labels=dict(caller.labels),
+            labels=caller.labels,
             namespace=caller.namespace,
             resource_namespace=namespace,
             on_exit=request.options.on_exit,
@@ -97,16 +92,9 @@ async def draft_for(
     )
 
 
-def _kept(spec: JobSpec[Any]) -> dict[str, Any] | None:
-    data = spec.model_dump_json()
-    return json.loads(data) if len(data) <= KEPT_SPEC_BYTES else None
-
-
-def view_for(services: Services, loaded: Loaded, request: JobRequest, record: Record) -> TaskView:
-    """What the plugin's methods see of a job."""
-    attempt = record.attempt
-    previous = job_key(record.base, record.ordinal, attempt - 1) if attempt > 1 else None
-    return _view(services, loaded, request, record.key, record.fingerprint, attempt, previous)
+def _kept(spec: JobSpec[Any]) -> str | None:
+    text = spec.model_dump_json()
+    return text if len(text) <= KEPT_SPEC_BYTES else None
 
 
 def conflict(record: Record) -> ConfigurationError:
@@ -142,25 +130,3 @@ def _first_state(loaded: Loaded, quotas: tuple[str, ...]) -> JobState:
     if guarantee(loaded) == "at-most-once":
         return JobState.INTENT  # create counts as sent only when its permit is there
     return JobState.CREATING
-
-
-def _view(
-    services: Services,
-    loaded: Loaded,
-    request: JobRequest,
-    key: JobKey,
-    fingerprint: Fingerprint,
-    attempt: int,
-    previous: JobKey | None,
-) -> TaskView:
-    return task_view(
-        request,
-        key=key,
-        fingerprint=fingerprint,
-        attempt=attempt,
-        previous=previous,
-        secrets=services.secrets,
-        store=services.outputs,
-        connection=loaded.connection.value,
-        max_dataset_size_bytes=loaded.settings.max_dataset_size_bytes,
-    )

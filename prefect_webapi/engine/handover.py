@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable
 from dataclasses import replace
@@ -65,7 +64,7 @@ class Others:
             now = await self._services.store.get(record.key)
             if now is None or now.state.is_over or not await self.drive(now):
                 return None
-        return call.future.result()
+        return call.result()
 
     async def ended(self, record: Record, spec: JobSpec[Any], loaded: Loaded) -> Outcome | None:
         """What the job that was followed came to; None: it is not over, or the sweeper ended it."""
@@ -127,12 +126,13 @@ async def settle(
         return False
     if not taken.state.is_over:
         state = machine.next_state(taken.state, event)
-        told = {"phase": info, "last_error": info.reason, "orphaned": closes, "spec": None}
         move = Move(
             old=taken,
             state=state,
             at=services.clock.now(),
-            details=taken.details.model_copy(update=told),
+            details=replace(
+                taken.details, phase=info, last_error=info.reason, orphaned=closes, spec=None
+            ),
             count=machine.place_change(taken.state, state),
         )
         if await services.store.move(move) is not MoveResult.OK:
@@ -149,7 +149,7 @@ def spec_of(record: Record, loaded: Loaded) -> JobSpec[Any] | None:
     if record.details.spec is None:
         return None
     try:
-        return loaded.entry.spec.model_validate_json(json.dumps(record.details.spec))
+        return loaded.entry.spec.model_validate_json(record.details.spec)
     except Exception as error:  # noqa: BLE001 - an author's validators may raise anything
         logger.info("the spec of job %s can't be read: %s", record.key, type(error).__name__)
         return None

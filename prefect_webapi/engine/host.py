@@ -102,22 +102,23 @@ class _Ticket:
             if not arrived.done():
                 arrived.set_result(None)
 
-        def tell(_: concurrent.futures.Future[Outcome]) -> None:
+        def tell() -> None:
             with suppress(RuntimeError):  # the caller's loop has ended; nobody waits any more
                 loop.call_soon_threadsafe(arrive)
 
-        self._call.future.add_done_callback(tell)
+        self._call.when_over(tell)
         await arrived
-        return self._call.future.result()
+        return self._call.result()
 
     def outcome_blocking(self) -> Outcome:
-        while True:
-            done, _ = concurrent.futures.wait([self._call.future], timeout=STEP_SECONDS)
-            if done:
-                return self._call.future.result()
+        over = threading.Event()
+        self._call.when_over(over.set)
+        while not over.wait(STEP_SECONDS):
+            pass
+        return self._call.result()
 
     def when_over(self, tell: Callable[[], None], /) -> None:
-        self._call.future.add_done_callback(lambda _: tell())
+        self._call.when_over(tell)
 
     def cancel(self, reason: str) -> None:
         self._host.post(lambda runtime: runtime.cancel(self._call, reason))

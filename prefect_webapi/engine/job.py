@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
-from collections.abc import Awaitable, Callable
+import threading
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from functools import lru_cache
 from typing import Any
 
 import anyio
+from pydantic import SecretStr
 
 from prefect_webapi.contract.errors import LedgerConflict, LedgerUnavailable
-from prefect_webapi.contract.phase import Phase, PhaseInfo
+from prefect_webapi.contract.keys import Fingerprint, JobKey, job_key
+from prefect_webapi.contract.phase import Phase, PhaseInfo, TaskInfo
 from prefect_webapi.engine import machine
-from prefect_webapi.engine.contexts import TaskView
+from prefect_webapi.engine.contexts import NOTHING_PUT, TaskView, task_view
 from prefect_webapi.engine.machine import Event
 from prefect_webapi.engine.request import JobRequest, Outcome
 from prefect_webapi.engine.services import Services
 from prefect_webapi.ledger.records import (
-    Details,
     JobState,
     Lease,
     Move,
@@ -31,7 +33,7 @@ from prefect_webapi.poller import Watched
 from prefect_webapi.quotas import SlotLease
 from prefect_webapi.registry import Loaded
 
-__all__ = ["Call", "Ending", "Job", "persist"]
+__all__ = ["Call", "Ending", "Job", "persist", "try_persist", "view_of"]
 
 LEDGER_PATIENCE = timedelta(minutes=2)
 """How long a write that must not be lost is repeated while the ledger can't be reached."""
@@ -59,26 +61,74 @@ class Ending:
         return PhaseInfo.aborted(told)
 
 
-class Call:
-    """One call that waits for a job. Its future may be awaited from any thread or loop."""
+_ANSWERING = threading.Lock()
+"""Held for the moment in which a call gets its answer or another listener, by all calls alike."""
 
-    __slots__ = ("future", "request")
+
+class Call:
+    """One call that waits for a job. It is told its end once; who listens may be in any thread.
+
+    A `concurrent.futures.Future` would do, and takes more memory than everything else of a live job.
+
+    Attributes:
+        job: what it waits for, once that is found.
+    """
+
+    __slots__ = ("_end", "_listeners", "job", "request")
 
     def __init__(self, request: JobRequest) -> None:
         self.request = request
-        self.future: concurrent.futures.Future[Outcome] = concurrent.futures.Future()
+        self.job: Job | None = None
+        self._end: Outcome | Exception | None = None
+        self._listeners: tuple[Callable[[], None], ...] = ()
 
     @property
     def is_waiting(self) -> bool:
-        return not self.future.done()
+        return self._end is None
 
     def answer(self, outcome: Outcome) -> None:
-        if not self.future.done():
-            self.future.set_result(outcome)
+        self._tell(outcome)
 
     def fail(self, error: Exception) -> None:
-        if not self.future.done():
-            self.future.set_exception(error)
+        self._tell(error)
+
+    def when_over(self, tell: Callable[[], None]) -> None:
+        """Call `tell` when the end is there: at once, or in the engine's thread. It must raise nothing."""
+        with _ANSWERING:
+            if self._end is None:
+                self._listeners = (*self._listeners, tell)
+                return
+        tell()
+
+    def result(self) -> Outcome:
+        """The outcome of a call that waits no more. Raises what it failed with."""
+        if isinstance(self._end, Exception):
+            raise self._end
+        assert self._end is not None
+        return self._end
+
+    def _tell(self, end: Outcome | Exception) -> None:
+        with _ANSWERING:
+            if self._end is not None:
+                return
+            self._end, self.job = end, None
+            listeners, self._listeners = self._listeners, ()
+        for tell in listeners:
+            tell()
+
+
+@lru_cache(maxsize=256)
+def _plain(phase: Phase, version: int, reason: str) -> PhaseInfo:
+    return PhaseInfo(phase=phase, version=version, reason=reason).model_copy(
+        update={"info": TaskInfo()}
+    )
+
+
+def _without_time(info: PhaseInfo) -> PhaseInfo:
+    """What it says, time aside: thousands of jobs say the same, and then they share it."""
+    bare = info.model_copy(update={"info": info.info.model_copy(update={"occurred_at": None})})
+    plain = _plain(info.phase, info.version, info.reason)
+    return plain if bare == plain else bare
 
 
 class Job:
@@ -89,10 +139,14 @@ class Job:
         closes: its record is closed with its end; False: the end waits there for a caller to come back.
         is_guess: its connection was named by a person, so that its service knows no such job proves nothing.
         failure: what stopped it in the engine.
+        last: what people were told of it last, without its time.
         orphaned: why it ends as soon as it is seen alive: nobody wants it any more.
     """
 
     __slots__ = (
+        "_services",
+        "_view",
+        "_writing",
         "calls",
         "closes",
         "delete_taken",
@@ -119,17 +173,19 @@ class Job:
         "steps",
         "timer",
         "tries",
-        "view",
         "watched",
-        "writing",
     )
 
-    def __init__(self, record: Record, request: JobRequest, loaded: Loaded, view: TaskView) -> None:
+    def __init__(
+        self, services: Services, record: Record, request: JobRequest, loaded: Loaded
+    ) -> None:
+        self._services = services
+        self._view: TaskView | None = None
+        self._writing: asyncio.Lock | None = None
         self.record = record
         self.request = request
         self.loaded = loaded
-        self.view = view
-        self.calls: list[Call] = []
+        self.calls: tuple[Call, ...] = ()
         self.handle: Any = None
         self.last: PhaseInfo | None = None
         self.lease: Lease | None = record.details.lease
@@ -138,7 +194,7 @@ class Job:
         self.scope: anyio.CancelScope | None = None
         self.watched: Watched | None = None
         self.missing_since: float | None = None
-        self.steps: list[Step] = list(record.details.steps)
+        self.steps: tuple[Step, ...] = record.details.steps
         self.timer: asyncio.TimerHandle | None = None
         self.grace: asyncio.TimerHandle | None = None
         self.holds_capacity = False
@@ -150,10 +206,54 @@ class Job:
         self.is_guess = False
         self.failure: Exception | None = None
         self.closes = True
-        self.writing = anyio.Lock()
         self.delete_taken = False
         self.tries = record.details.tries
         self.delete_tries = record.details.delete_tries
+
+    @property
+    def view(self) -> TaskView:
+        """What the plugin's methods see of it."""
+        if self._view is None:
+            record = self.record
+            before = record.attempt - 1
+            self._view = view_of(
+                self._services,
+                self.loaded,
+                self.request,
+                record.key,
+                record.fingerprint,
+                record.attempt,
+                previous=job_key(record.base, record.ordinal, before) if before else None,
+            )
+        return self._view
+
+    @property
+    def given(self) -> Sequence[SecretStr]:
+        return self._view.given if self._view is not None else ()
+
+    @property
+    def writing(self) -> asyncio.Lock:
+        """A delete and an end may come at once: the second one's write builds on the first one's."""
+        if self._writing is None:
+            self._writing = asyncio.Lock()
+        return self._writing
+
+    def rest(self) -> None:
+        """Drop what can be made again: of many thousand jobs most only wait for their next read."""
+        view = self._view
+        if view is not None and not view.given and view.output_writer.value is NOTHING_PUT:
+            self._view = None
+        if self._writing is not None and not self._writing.locked():
+            self._writing = None
+
+    def serve(self, call: Call) -> None:
+        """Have a call wait for it. What only the sweeper looked after is this call's from now on."""
+        self.calls = (*self.calls, call)
+        call.job = self
+        if self.is_swept:
+            self.is_swept, self.orphaned, self.closes = False, None, True
+            self.request = call.request
+            self._view = None
 
     @property
     def is_awaited(self) -> bool:
@@ -185,10 +285,14 @@ class Job:
         """The lease that the job has from now on."""
         self.lease = Lease(id=slot.id, until=slot.until)
 
+    def told(self, info: PhaseInfo) -> None:
+        """Remember what people were told of it."""
+        self.last = _without_time(info)
+
     def note(self, name: str, at: datetime, reason: str = "") -> None:
         """Add to the history that people see; a phase that repeats is not a new step."""
         if not self.steps or self.steps[-1].name != name:
-            self.steps.append(Step(name=name, at=at, reason=reason))
+            self.steps = (*self.steps, Step(name=name, at=at, reason=reason))
 
     async def unless_ending(
         self, wait: Callable[[], Awaitable[Any]], *, sends: bool = False
@@ -231,6 +335,30 @@ class Job:
         self.timer = self.grace = None
 
 
+def view_of(
+    services: Services,
+    loaded: Loaded,
+    request: JobRequest,
+    key: JobKey,
+    fingerprint: Fingerprint,
+    attempt: int,
+    *,
+    previous: JobKey | None = None,
+) -> TaskView:
+    """What a plugin's methods see of a request under this key."""
+    return task_view(
+        request,
+        key=key,
+        fingerprint=fingerprint,
+        attempt=attempt,
+        previous=previous,
+        secrets=services.secrets,
+        store=services.outputs,
+        connection=loaded.connection.value,
+        max_dataset_size_bytes=loaded.settings.max_dataset_size_bytes,
+    )
+
+
 async def persist(services: Services, job: Job, event: Event, **details: Any) -> None:
     """Write down where `event` takes the job, before anything is done about it.
 
@@ -248,7 +376,7 @@ async def persist(services: Services, job: Job, event: Event, **details: Any) ->
 
 async def try_persist(services: Services, job: Job, event: Event, **details: Any) -> bool:
     """As `persist`; False: the quota's admission count is full and nothing was changed."""
-    async with job.writing:  # a delete and an end may come at once; the second builds on the first
+    async with job.writing:
         return await _persist(services, job, event, details)
 
 
@@ -257,8 +385,8 @@ async def _persist(services: Services, job: Job, event: Event, details: dict[str
     state = machine.next_state(old.state, event)
     handle = details.pop("handle", None)
     cancel_reason = details.pop("cancel_reason", None)
-    known = {"steps": tuple(job.steps), "tries": job.tries, "delete_tries": job.delete_tries}
-    kept: Details = old.details.model_copy(update={**details, **known})
+    known = {"steps": job.steps, "tries": job.tries, "delete_tries": job.delete_tries}
+    kept = replace(old.details, **details, **known)
     now = services.clock.now()
     move = Move(
         old=old,

@@ -11,7 +11,7 @@ from prefect_webapi.contract.phase import Phase, PhaseInfo
 from prefect_webapi.contract.plugin import AsyncPlugin
 from prefect_webapi.engine.calls import Calls
 from prefect_webapi.engine.channels import Channels
-from prefect_webapi.engine.contexts import GetView, StatusView
+from prefect_webapi.engine.contexts import StatusView
 from prefect_webapi.engine.faults import fault_point
 from prefect_webapi.engine.job import Ending, Job
 from prefect_webapi.engine.services import Services
@@ -64,7 +64,8 @@ class Observer:
             poller.forget(job.watched)
         born = job.record.details.created_remotely_at or job.record.created_at
         age = 0.0 if fresh else max(0.0, (self._services.clock.now() - born).total_seconds())
-        job.watched = poller.watch(job, GetView(job.handle), age=age)
+        job.watched = poller.watch(job, job.handle, age=age)
+        job.rest()
 
     def forget(self, job: Job) -> None:
         if job.watched is not None:
@@ -102,6 +103,7 @@ class Observer:
             return
         if not over:
             poller.again(observation.watched)
+            job.rest()
 
     async def judge_first(self, job: Job, snapshot: Any) -> bool:
         """As `judge` for what create told; an author's mistake leaves the verdict to the reads that follow."""
@@ -113,7 +115,7 @@ class Observer:
 
     async def judge(self, job: Job, snapshot: Any) -> bool:
         """Ask `status` and report what changed; whether the job is over (its end is then under way)."""
-        info = await self._calls.status(job.loaded, StatusView(job.view, job.handle, snapshot))
+        info = await self._calls.status(job.loaded, StatusView(job, job.handle, snapshot))
         if info.phase.is_terminal:
             fault_point("KP-13")
             if info.cleanup_on_failure and job.record.state is JobState.CREATED:
@@ -141,7 +143,7 @@ class Observer:
         if last is not None and last.phase is info.phase and info.version <= last.version:
             info = info.model_copy(update={"version": last.version + 1})
         fault_point("KP-12")
-        job.last = info
+        job.told(info)
         job.note(info.phase.name, info.info.occurred_at or self._services.clock.now(), info.reason)
         self._services.metrics.count(
             "phase_transitions_total", plugin=job.record.plugin, phase=info.phase.name

@@ -125,7 +125,7 @@ async def recall(services: Services, spec: JobSpec[Any], outputs: Outputs | None
 
 async def _fetch(services: Services, calls: Calls, job: Job, snapshot: Any) -> Any | PhaseInfo:
     settings = job.loaded.settings
-    view = StatusView(job.view, job.handle, snapshot)
+    view = StatusView(job, job.handle, snapshot)
     for tries in range(1, FETCH_TRIES + 1):
         try:
             return await calls.outputs(job.loaded, view)

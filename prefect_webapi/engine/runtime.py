@@ -38,7 +38,7 @@ from prefect_webapi.engine.calls import Calls, can_clear_up, is_sync
 from prefect_webapi.engine.cancel import ask_to_end
 from prefect_webapi.engine.channels import Channel, Channels
 from prefect_webapi.engine.contexts import StatusView
-from prefect_webapi.engine.drafts import conflict, draft_for, view_for
+from prefect_webapi.engine.drafts import conflict, draft_for
 from prefect_webapi.engine.faults import fault_point
 from prefect_webapi.engine.handover import Others, close, release, request_of, take_over
 from prefect_webapi.engine.job import Call, Ending, Job, persist
@@ -233,7 +233,7 @@ class Runtime:
     def _swept(self, taken: Record, loaded: Loaded) -> Job:
         """A job that nobody waits for, in the place where calls look for it."""
         request = request_of(taken, loaded)
-        job = Job(taken, request, loaded, view_for(self._services, loaded, request, taken))
+        job = Job(self._services, taken, request, loaded)
         job.is_swept = True
         if taken.details.orphaned:
             job.orphaned = Ending(taken.cancel_reason or "orphan")
@@ -245,12 +245,11 @@ class Runtime:
 
         What can't be told is not over; what the service does not know seems so.
         """
-        request = request_of(record, loaded)
-        view = view_for(self._services, loaded, request, record)
+        job = Job(self._services, record, request_of(record, loaded), loaded)
         try:
             handle = handle_adapter(loaded).validate_json(record.handle or "")
             snapshot = await self._calls.get(loaded, handle)
-            info = await self._calls.status(loaded, StatusView(view, handle, snapshot))
+            info = await self._calls.status(loaded, StatusView(job, handle, snapshot))
         except (RemoteError, ValidationError) as error:
             return isinstance(error, NotFound)
         return info.phase.is_terminal
@@ -325,8 +324,8 @@ class Runtime:
 
     def detach(self, call: Call) -> None:
         """Leave the job as it is for the next process."""
-        call.fail(EngineClosed("the call was detached; the job goes on"))
         job = self._job_of(call)
+        call.fail(EngineClosed("the call was detached; the job goes on"))
         if job is not None and not job.is_awaited and job.ending is None:
             job.leave()
             if job.watched is not None:
@@ -346,7 +345,8 @@ class Runtime:
         self.end(job, ending)
 
     def _job_of(self, call: Call) -> Job | None:
-        return next((job for job in self._jobs.values() if call in job.calls), None)
+        job = call.job
+        return job if job is not None and self._jobs.get(job.record.key) is job else None
 
     async def _enter(self, call: Call) -> None:
         try:
@@ -405,17 +405,12 @@ class Runtime:
                     ending = self._swept(record, loaded)
                     self._tasks.start_soon(partial(self._drive, ending, channel, made=False))
                     continue
-            view = view_for(services, loaded, request, record)
-            job = Job(record, request, loaded, view)
+            job = Job(services, record, request, loaded)
             await self._drive(job, channel, made=drawn.made, call=call)
             return
 
     def _attach(self, call: Call, job: Job) -> None:
-        job.calls.append(call)
-        if job.is_swept:  # somebody wants it: from now on it is this call's
-            job.is_swept, job.orphaned, job.closes = False, None, True
-            job.request = call.request
-            job.view = view_for(self._services, job.loaded, call.request, job.record)
+        job.serve(call)
         self._entering.discard(call)
         ended = self._ended.pop(call, None)
         if ended is not None:
@@ -527,7 +522,7 @@ class Runtime:
     async def _start(self, job: Job, snapshot: Any) -> None:
         """The job exists: report it, judge what create told, have it read."""
         info = PhaseInfo.queued()
-        job.last = info
+        job.told(info)
         job.request.reporter.phase(job.record, info, waiting_for_quota=False)
         if snapshot is not None and await self._observer.judge_first(job, snapshot):
             return

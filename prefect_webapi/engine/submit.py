@@ -131,7 +131,7 @@ async def _take_place(services: Services, job: Job) -> None:
         lease = Lease(id=slot.id, until=slot.until)
         job.note("SLOT_HELD", services.clock.now())
         if not await try_persist(services, job, event, lease=lease):
-            job.steps.pop()
+            job.steps = job.steps[:-1]
             return False
         job.lease = lease
         return True
@@ -144,7 +144,7 @@ async def _take_place(services: Services, job: Job) -> None:
         )
         job.note("WAITING_FOR_RESOURCES", since, told)
         info = PhaseInfo.waiting_for_resources(told)
-        job.last = info
+        job.told(info)
         job.request.reporter.phase(job.record, info, waiting_for_quota=True)
 
     fault_point("KP-02")
@@ -309,8 +309,8 @@ async def _adopt(
         await _note_stuck(services, job, info)
         return Stuck(info)
     job.handle = made.resource_meta
-    job.note("QUEUED", services.clock.now())
     made_at = services.clock.now()
+    job.note("QUEUED", made_at)
     try:
         await persist(services, job, Event.HANDLE_KNOWN, handle=text, created_remotely_at=made_at)
     except LedgerUnavailable:

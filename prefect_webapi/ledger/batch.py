@@ -81,7 +81,7 @@ class Shift:
             "counted": None,
             "failed": None if details is None else int(has_failed(details)),
             "updated_at": micros(move.at),
-            "details": None if details is None else details.model_dump_json(),
+            "details": None if details is None else details.to_json(),
         }
 
     @property

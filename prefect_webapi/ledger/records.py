@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import Enum, StrEnum
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BeforeValidator, TypeAdapter
 
 from prefect_webapi.contract.keys import Base, Fingerprint, JobKey
 from prefect_webapi.contract.phase import PhaseInfo
@@ -64,25 +65,36 @@ class JobState(StrEnum):
         )
 
 
-class _Stored(BaseModel):
-    model_config = ConfigDict(frozen=True)  # a newer minor version may add fields: ignored
+# Plain data classes, not models: a process keeps one for each of its live jobs. What a newer minor version has
+# added to a stored document is ignored.
 
 
-class Lease(_Stored):
+def _as_text(value: Any) -> Any:
+    return value if isinstance(value, str | None) else json.dumps(value)
+
+
+JsonText = Annotated[str, BeforeValidator(_as_text)]
+"""Parsed only where it is needed; one that was stored as an object is read too."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lease:
     """Slots lent by Prefect. `until` is when they lapse unless renewed."""
 
     id: str
     until: datetime
 
 
-class Outputs(_Stored):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outputs:
     """A result: the value itself (JSON data), or where the result storage keeps it."""
 
     value: Any = None
     pointer: str | None = None
 
 
-class Step(_Stored):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
     """A phase as people saw it: its name (SPEC 2.4), when it began, why."""
 
     name: str
@@ -90,7 +102,8 @@ class Step(_Stored):
     reason: str = ""
 
 
-class Details(_Stored):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Details:
     """The part of a record that only its owner and people read; stored as one JSON document.
 
     Attributes:
@@ -101,7 +114,7 @@ class Details(_Stored):
         steps: history for people, oldest first.
         stopped_by_us: an ABORTED job was ended by our delete.
         orphaned: that delete was the sweeper's: nobody was told, so who asks again gets a new attempt.
-        spec: what create sends, as JSON; so the job can be found and ended by a process that never saw the
+        spec: what create sends, as JSON text; so the job can be found and ended by a process that never saw the
             task. None once it is over, or where it is too large to keep.
     """
 
@@ -110,7 +123,7 @@ class Details(_Stored):
     task_key: str = ""
     deployment: str = ""
     home: str = ""
-    labels: dict[str, str] = Field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict[str, str])
     namespace: str = ""
     resource_namespace: str | None = None
     on_exit: str = "cancel"
@@ -123,8 +136,23 @@ class Details(_Stored):
     last_error: str | None = None
     stopped_by_us: bool = False
     orphaned: bool = False
-    spec: dict[str, Any] | None = None
+    spec: JsonText | None = None
     steps: tuple[Step, ...] = ()
+
+    def to_json(self) -> str:
+        return _DETAILS.dump_json(self).decode()
+
+    @classmethod
+    def from_json(cls, text: str) -> Details:
+        """Read what `to_json` wrote, perhaps in another version.
+
+        Raises:
+            ValidationError: it is no such document.
+        """
+        return _DETAILS.validate_json(text)
+
+
+_DETAILS = TypeAdapter(Details)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

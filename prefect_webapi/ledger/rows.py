@@ -79,7 +79,7 @@ def row_of(record: Record) -> dict[str, Any]:
         "deadline": None if record.deadline is None else micros(record.deadline),
         "created_at": micros(record.created_at),
         "updated_at": micros(record.updated_at),
-        "details": record.details.model_dump_json(),
+        "details": record.details.to_json(),
     }
 
 
@@ -99,7 +99,7 @@ class RecordReader:
         """
         stored = row._mapping  # pyright: ignore[reportPrivateUsage]  SQLAlchemy's documented name
         try:
-            details = Details.model_validate_json(stored["details"])
+            details = Details.from_json(stored["details"])
             if details.format > FORMAT:
                 raise self._too_new(stored["key"], details.format)
             return _record(stored, details)

@@ -149,7 +149,7 @@ async def test_calls_pass_the_write_limiter(job_server: EmbeddedJobServer, tmp_p
     for first in range(25):
         for last in range(first + burst, 25):
             allowed = burst + qps * (calls[last] - calls[first])
-            assert last - first + 1 <= allowed + 2  # they are timed where they arrive
+            assert last - first + 1 <= allowed + 5  # they are timed where they arrive
 
 
 async def test_blocking_calls_run_side_by_side_and_stall_nobody(

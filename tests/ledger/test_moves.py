@@ -61,7 +61,7 @@ async def test_there_is_no_record_for_an_unknown_key(store: SqlStore) -> None:
 
 async def test_a_move_changes_what_it_names_and_keeps_the_rest(store: SqlStore) -> None:
     record = await a_record(store)
-    details = record.details.model_copy(update={"tries": 2})
+    details = replace(record.details, tries=2)
     record = await moved(store, record, JobState.CREATED, handle='{"name": "x"}', details=details)
     at = now()
     assert await store.move(Move(old=record, state=JobState.OVER, at=at)) is MoveResult.OK
