@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -25,6 +27,8 @@ __all__ = ["Others", "close", "free", "release", "request_of", "settle", "spec_o
 logger = logging.getLogger(__name__)
 
 FOLLOW_SECONDS = 0.5
+SEEN_SECONDS = 0.2
+"""How long what was seen of another process counts: a restart asks the same about thousands of jobs."""
 
 
 class Others:
@@ -33,13 +37,21 @@ class Others:
     def __init__(self, services: Services, me: RuntimeRow) -> None:
         self._services = services
         self._me = me
+        self._seen: dict[str, tuple[float, bool]] = {}
+        self._looking = asyncio.Lock()
 
     async def drive(self, record: Record) -> bool:
         """Whether another living process drives this job."""
         if record.runtime == self._me.id:
             return False
-        rows = {row.id: row for row in await self._services.store.runtimes()}
-        return is_alive(rows.get(record.runtime), me=self._me, now=self._services.clock.now())
+        async with self._looking:
+            seen_at, lives = self._seen.get(record.runtime, (-SEEN_SECONDS, False))
+            if time.monotonic() - seen_at >= SEEN_SECONDS:
+                rows = {row.id: row for row in await self._services.store.runtimes()}
+                now = self._services.clock.now()
+                lives = is_alive(rows.get(record.runtime), me=self._me, now=now)
+                self._seen[record.runtime] = time.monotonic(), lives
+            return lives
 
     async def follow(
         self, record: Record, call: Call, ending: Callable[[], Ending | None]

@@ -38,16 +38,15 @@ async def take_back(runtime: Runtime, *, keys: Collection[JobKey], reason: str) 
         now, info = services.clock.now(), record.details.phase
         ended = PhaseInfo.aborted(reason, info=info.info) if info else PhaseInfo.aborted(reason)
         step = Step(name=Phase.ABORTED.name, at=now, reason=reason)
-        told = {
-            "phase": ended,
-            "outputs": None,
-            "stopped_by_us": True,
-            "last_error": reason,
-            "steps": (*record.details.steps, step),
-        }
-        move = Move(
-            old=record, state=record.state, at=now, details=record.details.model_copy(update=told)
+        details = replace(
+            record.details,
+            phase=ended,
+            outputs=None,
+            stopped_by_us=True,
+            last_error=reason,
+            steps=(*record.details.steps, step),
         )
+        move = Move(old=record, state=record.state, at=now, details=details)
         if await services.store.move(move) is MoveResult.LOST:  # a second call took it over
             again = await services.store.get(key)
             if again is not None:

@@ -11,7 +11,7 @@ import concurrent.futures
 import logging
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -43,6 +43,7 @@ from prefect_webapi.engine.faults import fault_point
 from prefect_webapi.engine.handover import Others, close, release, request_of, take_over
 from prefect_webapi.engine.job import Call, Ending, Job, persist
 from prefect_webapi.engine.liveness import BEAT_EVERY
+from prefect_webapi.engine.lobby import Lobby
 from prefect_webapi.engine.machine import Event
 from prefect_webapi.engine.observe import Observer
 from prefect_webapi.engine.outputs import Collected, collect
@@ -80,6 +81,8 @@ CLOSING_SECONDS = 5.0
 """How long a closing runtime waits for deletes that are a duty already, and for creates that were sent."""
 
 
+COMING_IN = 500
+"""Calls whose records are looked for at one time: enough for a full batch of the ledger's writer."""
 SYNC_GRACE_SECONDS = 0.5
 
 
@@ -93,6 +96,7 @@ class Runtime:
         self._others = Others(services, me)
         self._jobs: dict[JobKey, Job] = {}
         self._entering: set[Call] = set()
+        self._lobby = Lobby[Call](COMING_IN, self._let_in)
         self._ended: dict[Call, Ending] = {}
         self._inbox: deque[Callable[[], None]] = deque()
         self._mail = asyncio.Event()
@@ -179,7 +183,7 @@ class Runtime:
             call.fail(EngineClosed("the process is ending: nothing new is started"))
             return
         self._entering.add(call)
-        self._tasks.start_soon(self._enter, call)
+        self._lobby.come(call)
 
     @property
     def services(self) -> Services:
@@ -348,9 +352,14 @@ class Runtime:
         job = call.job
         return job if job is not None and self._jobs.get(job.record.key) is job else None
 
+    def _let_in(self, call: Call) -> None:
+        self._tasks.start_soon(self._enter, call)
+
     async def _enter(self, call: Call) -> None:
         try:
-            await self._find_or_make(call)
+            with ExitStack() as inside:
+                inside.callback(self._lobby.leave)
+                await self._find_or_make(call, inside.close)
         except (WebApiError, OSError) as error:
             call.fail(error)
         except Exception as error:
@@ -360,7 +369,8 @@ class Runtime:
             self._entering.discard(call)
             self._ended.pop(call, None)
 
-    async def _find_or_make(self, call: Call) -> None:
+    async def _find_or_make(self, call: Call, found: Callable[[], None]) -> None:
+        """From a call to its job. `found()`: its record is there, what follows may last."""
         request = call.request
         services = self._services
         loaded = await services.plugins.get(request.task_type, request.plugin, request.connection)
@@ -369,6 +379,7 @@ class Runtime:
         fault_point("KP-01")
         while call.is_waiting:
             drawn = await services.store.intent(draft)
+            found()
             record = drawn.record
             if record.fingerprint != draft.fingerprint:
                 raise conflict(record)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import anyio
@@ -24,6 +24,15 @@ T = TypeVar("T")
 
 _PAUSES = (0.05, 0.2, 0.5)
 _CLOSING_SECONDS = 10.0
+_READ_AT_ONCE = 500
+
+
+class _Batch:
+    """Records that are read together."""
+
+    def __init__(self) -> None:
+        self.keys: set[JobKey] = set()
+        self.rows: asyncio.Task[Mapping[JobKey, Row[Any]]]
 
 
 class SqlReader:
@@ -45,6 +54,7 @@ class SqlReader:
         self._reader = RecordReader(self._backend.address)
         self._reads = self._engine.execution_options(**self._backend.read_options)
         self._reading: set[asyncio.Task[Any]] = set()
+        self._batch: _Batch | None = None
 
     @property
     def address(self) -> str:
@@ -81,8 +91,21 @@ class SqlReader:
             await self._engine.dispose()
 
     async def get(self, key: JobKey) -> Record | None:
-        rows = await self._fetch(select(schema.job).where(schema.job.c.key == key))
-        return self._reader.read(rows[0]) if rows else None
+        """Asked by many in one turn of the loop, it is one read."""
+        batch = self._batch
+        if batch is None or len(batch.keys) == _READ_AT_ONCE:
+            batch = self._batch = _Batch()
+            batch.rows = self._own(self._read_batch(batch))
+        batch.keys.add(key)
+        row = (await asyncio.shield(batch.rows)).get(key)
+        return None if row is None else self._reader.read(row)
+
+    async def _read_batch(self, batch: _Batch) -> Mapping[JobKey, Row[Any]]:
+        await asyncio.sleep(0)
+        if self._batch is batch:
+            self._batch = None
+        query = select(schema.job).where(schema.job.c.key.in_(sorted(batch.keys)))
+        return {row.key: row for row in await self._read(query)}
 
     async def select(
         self,
@@ -133,16 +156,23 @@ class SqlReader:
     async def _fetch(
         self, query: Executable, values: dict[str, Any] | None = None
     ) -> Sequence[Row[Any]]:
+        return await asyncio.shield(self._own(self._read(query, values)))
+
+    def _own(self, reading: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """A read goes on though who waits for it is cancelled: cut off half-way, it leaves its connection open."""
+        task = asyncio.get_running_loop().create_task(reading)
+        self._reading.add(task)
+        task.add_done_callback(self._reading.discard)
+        return task
+
+    async def _read(
+        self, query: Executable, values: dict[str, Any] | None = None
+    ) -> Sequence[Row[Any]]:
         async def read() -> Sequence[Row[Any]]:
             async with self._reads.connect() as conn:
                 return (await conn.execute(query, values)).all()
 
-        # Who waits may be cancelled, the read goes on: cut off half-way it leaves its connection open, and that
-        # connection's thread alive.
-        reading = asyncio.get_running_loop().create_task(self._again(read))
-        self._reading.add(reading)
-        reading.add_done_callback(self._reading.discard)
-        return await asyncio.shield(reading)
+        return await self._again(read)
 
     async def _again(self, work: Callable[[], Awaitable[T]]) -> T:
         """Do what is repeatable, a few times while the trouble may pass."""
