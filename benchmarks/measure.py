@@ -83,8 +83,15 @@ def peak_bytes() -> int:
 
 
 def in_child(work: Callable[..., Figures], *arguments: Any) -> Figures:
-    """Run `work(*arguments)` in a fresh process and return its figures; both must be picklable."""
-    context = multiprocessing.get_context("spawn")
+    """Run `work(*arguments)` in a fresh process and return its figures; both must be picklable.
+
+    It is forked off a process that has done nothing but import the benchmark, which would take seconds each time. That
+    one is started by the first call, with the environment of then.
+    """
+    context = multiprocessing.get_context("forkserver")
+    main = sys.modules["__main__"].__spec__  # the child imports this one under another name
+    known = (name for name in sys.modules if name.startswith(("benchmarks.", "tests.", "prefect_")))
+    context.set_forkserver_preload([name for name in known if main is None or name != main.name])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(work, *arguments).result()
 

@@ -27,6 +27,9 @@ _direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 class Service:
     """The service as a process beside a benchmark. A context manager; the process ends with the block, or with ours."""
 
+    def __init__(self, url: str = "") -> None:
+        self.url = url  # of one that runs already, to ask it
+
     def __enter__(self) -> Self:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.service"],
@@ -49,7 +52,14 @@ class Service:
 
     def ends(self) -> dict[str, float]:
         """When each job ended or will end, in seconds since 1970, by name."""
-        with _direct.open(f"{self.url}/control/ends", timeout=60) as answer:
+        return {name: ends for name, (_, ends) in self._times().items()}
+
+    def made(self) -> list[float]:
+        """When each job was made, in seconds since 1970."""
+        return [made for made, _ in self._times().values()]
+
+    def _times(self) -> dict[str, tuple[float, float]]:
+        with _direct.open(f"{self.url}/control/times", timeout=60) as answer:
             return json.load(answer)
 
     def reset(self) -> None:
@@ -96,9 +106,9 @@ class _Jobs:
     def _control(self, where: str) -> Any:
         if where == "/control/reset":
             self.reset()
-        if where == "/control/ends":
+        if where == "/control/times":
             epoch = time.time() - self.table.now()
-            return {job.name: epoch + min(job.ends, 1e12) for job in self.table.all()}
+            return {job.name: (epoch + job.created, epoch + job.ends) for job in self.table.all()}
         return {**self.count, "made": len(self.table), "cpu": time.process_time()}
 
     def _view(self, job: Job) -> dict[str, Any]:

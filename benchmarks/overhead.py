@@ -1,0 +1,325 @@
+"""Remote jobs of 5 s against bare Prefect tasks that sleep for 5 s: wall, CPU, memory, threads; and the first byte.
+
+Each case is a flow in a process of its own, on one Prefect server and one service, both processes of their own. A flow
+of one job comes before it and takes what a process pays once (imports, the engine's start); its CPU is shown apart.
+
+- awaited: N async tasks in one `gather`. - mapped: N sync tasks by `.map`, which Prefect gives a thread each.
+- run_many: N jobs in one task run, against the awaited tasks' CPU per job.
+- requests: the same numbers of creates and reads as the awaited jobs made, in a bare loop over httpx: what their
+  requests cost at least.
+- first byte: tasks one after the other, from the call to the create's arrival at the service, against a bare task's
+  from the call to its body; ledger writes before the create. CASE-067: 50 ms above the bare task, one write.
+
+Run: `uv run python -m benchmarks.overhead [--quick] [--json] [--repetitions N]`
+"""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from benchmarks.measure import (
+    CPU,
+    PEAK,
+    THREADS,
+    WALL,
+    Chosen,
+    Figures,
+    Report,
+    Table,
+    Target,
+    by_turns,
+    in_child,
+    main,
+    using,
+)
+from benchmarks.plot import Curves
+from benchmarks.remote import BLOCK, connection, remote_flow
+from benchmarks.servers import prefect_server
+from benchmarks.service import Service
+
+SECONDS = 5.0
+AWAITED, MAPPED, MANY = (100, 1_000, 5_000), (100, 500), 10_000
+QUICK_AWAITED, QUICK_MAPPED, QUICK_MANY = (100,), (50,), 500
+FIRST_BYTES, QUICK_FIRST_BYTES = 100, 20
+AT_ONCE = 10
+CREATES, READS, CPU_PER_JOB = "creates", "reads", "CPU ms per job"
+FIRST = "CPU s of the first"
+SHOWN = (WALL, CPU, CPU_PER_JOB, PEAK, THREADS, CREATES, READS, FIRST)
+
+
+# --- flows, in child processes ---------------------------------------------------------------
+
+
+def awaited_bare(jobs: int) -> Figures:
+    from prefect import flow, task
+
+    @task
+    async def nap(seconds: float) -> None:
+        await asyncio.sleep(seconds)
+
+    @flow
+    async def naps(jobs: int, seconds: float) -> None:
+        await asyncio.gather(*(nap(seconds) for _ in range(jobs)))
+
+    return _used(jobs, lambda *given: asyncio.run(naps(*given)))
+
+
+def awaited_remote(jobs: int, url: str) -> Figures:
+    return _used(jobs, lambda n, seconds: asyncio.run(remote_flow([seconds] * n)), url)
+
+
+def mapped_bare(jobs: int) -> Figures:
+    from prefect import flow, task, unmapped
+
+    @task
+    def nap(_: int, seconds: float) -> None:
+        time.sleep(seconds)
+
+    @flow
+    def naps(jobs: int, seconds: float) -> None:
+        nap.map(range(jobs), unmapped(seconds)).result()
+
+    return _used(jobs, naps)
+
+
+def mapped_remote(jobs: int, url: str) -> Figures:
+    from prefect import flow, unmapped
+
+    from prefect_webapi_jobserver import run_job_sync
+
+    job = run_job_sync.with_options(connection=BLOCK)
+
+    @flow
+    def remote(jobs: int, seconds: float) -> None:
+        job.map(day=list(range(jobs)), seconds=unmapped(seconds)).result()
+
+    return _used(jobs, remote, url)
+
+
+def many(jobs: int, url: str) -> Figures:
+    from prefect import flow
+
+    from prefect_webapi import run_many
+    from prefect_webapi_jobserver import ReportJob, run_job
+
+    job = run_job.with_options(connection=BLOCK)
+
+    @flow
+    async def remote(jobs: int, seconds: float) -> None:
+        await run_many(job, [ReportJob(day=day, seconds=seconds) for day in range(jobs)])
+
+    return _used(jobs, lambda *given: asyncio.run(remote(*given)), url)
+
+
+def _used(jobs: int, work: Callable[[int, float], Any], url: str = "") -> Figures:
+    """`work(jobs, seconds)` after one that starts whatever is started once per process."""
+    first, figures = Figures(), Figures()
+    with using(first):
+        work(1, 0.0)
+    if url:
+        Service(url).reset()
+    with using(figures):
+        work(jobs, SECONDS)
+    figures |= {CPU_PER_JOB: 1000 * figures[CPU] / jobs, FIRST: first[CPU]}
+    if url:
+        stats = Service(url).stats()
+        figures |= {CREATES: stats["create"], READS: stats["get"] + stats["batch"]}
+    return figures
+
+
+def requests(creates: int, reads: int, url: str) -> Figures:
+    """As many requests, in a loop that does nothing else."""
+    import httpx
+
+    async def all_of_them() -> None:
+        async with httpx.AsyncClient(base_url=url, trust_env=False) as client:
+
+            async def loop() -> None:
+                for n in numbers:
+                    if n < creates:
+                        body = {"spec": {"seconds": SECONDS}, "labels": {"job": str(n)}}
+                        (await client.put(f"/jobs/job-{n}", json=body)).json()
+                    else:
+                        (await client.get(f"/jobs/job-{n % creates}")).json()
+
+            await asyncio.gather(*(loop() for _ in range(AT_ONCE)))
+
+    numbers, figures = iter(range(creates + reads)), Figures()
+    with using(figures):
+        asyncio.run(all_of_them())
+    return figures
+
+
+# --- the first byte --------------------------------------------------------------------------
+
+
+def first_byte(tasks: int, url: str) -> Figures:
+    from prefect import flow, task
+
+    from prefect_webapi.ledger.sql import SqlStore
+    from prefect_webapi_jobserver import run_job_sync
+
+    writes, reached = list[float](), list[float]()
+    job = run_job_sync.with_options(connection=BLOCK)
+
+    def counted(name: str) -> None:
+        real = getattr(SqlStore, name)
+
+        async def call(self: SqlStore, argument: Any) -> Any:
+            writes.append(time.time())
+            return await real(self, argument)
+
+        setattr(SqlStore, name, call)
+
+    @task
+    def bare() -> None:
+        reached.append(time.time())
+
+    @flow
+    def one_after_the_other(call: Callable[[int], Any]) -> list[float]:
+        called: list[float] = []
+        for n in range(tasks):
+            called.append(time.time())
+            call(n)
+        return called
+
+    def remote(day: int) -> None:
+        job(day=day, seconds=0)
+
+    counted("intent")
+    counted("move")
+    job(day=-1, seconds=0)  # the engine is up before
+    service = Service(url)
+    service.reset()
+    called = one_after_the_other(lambda _: bare())
+    base = [1000 * (b - a) for a, b in zip(called, reached, strict=True)]
+    called = one_after_the_other(remote)
+    made = sorted(service.made())
+    ours = [1000 * (b - a) for a, b in zip(called, made, strict=True)]
+    before = [sum(a <= at <= b for at in writes) for a, b in zip(called, made, strict=True)]
+    return {
+        "bare: call to body ms": statistics.median(base),
+        "remote: call to create ms": statistics.median(ours),
+        "above ms": statistics.median(ours) - statistics.median(base),
+        "writes before create": max(before),
+    }
+
+
+# --- the report ------------------------------------------------------------------------------
+
+
+def run(chosen: Chosen) -> Report:
+    awaited = chosen.sizes or (QUICK_AWAITED if chosen.quick else AWAITED)
+    mapped, runs = (QUICK_MAPPED, QUICK_MANY) if chosen.quick else (MAPPED, MANY)
+    with prefect_server(), Service() as service:
+        in_child(connection, service.url)
+
+        def on(work: Callable[..., Figures], *arguments: Any) -> Callable[[], Figures]:
+            def once() -> Figures:
+                service.reset()
+                return in_child(work, *arguments)
+
+            return once
+
+        cases: dict[str, Callable[[], Figures]] = {}
+        for n in awaited:
+            cases[f"awaited bare {n}"] = on(awaited_bare, n)
+            cases[f"awaited remote {n}"] = on(awaited_remote, n, service.url)
+        for n in mapped:
+            cases[f"mapped bare {n}"] = on(mapped_bare, n)
+            cases[f"mapped remote {n}"] = on(mapped_remote, n, service.url)
+        cases[f"run_many {runs}"] = on(many, runs, service.url)
+        measured = by_turns(chosen.repetitions, cases)
+        bare_loop = by_turns(
+            chosen.repetitions,
+            {
+                f"{kind} {n}": on(
+                    requests,
+                    int(measured[f"{kind} remote {n}"][CREATES].median),
+                    int(measured[f"{kind} remote {n}"][READS].median),
+                    service.url,
+                )
+                for kind, sizes in (("awaited", awaited), ("mapped", mapped))
+                for n in sizes
+            },
+        )
+        bytes_ = by_turns(
+            chosen.repetitions,
+            {
+                "one after the other": on(
+                    first_byte,
+                    QUICK_FIRST_BYTES if chosen.quick else FIRST_BYTES,
+                    service.url,
+                )
+            },
+        )["one after the other"]
+
+    def median(case: str, figure: str) -> float:
+        return measured[case][figure].median
+
+    def targets(kind: str, n: int) -> Sequence[Target]:
+        ours, bare = f"{kind} remote {n}", f"{kind} bare {n}"
+        allowed = median(bare, CPU) + 1.3 * bare_loop[f"{kind} {n}"][CPU].median + 0.002 * n
+        return [
+            Target(
+                f"{kind}, {n:,}: wall, times the bare tasks'",
+                median(ours, WALL) / median(bare, WALL),
+                1.15,
+            ),
+            Target(
+                f"{kind}, {n:,}: CPU s; allowed: bare + 1.3 x requests + 2 ms a job",
+                median(ours, CPU),
+                allowed,
+            ),
+        ]
+
+    at_awaited = 1_000 if 1_000 in awaited else max(awaited)
+    share = median(f"run_many {runs}", CPU_PER_JOB) / median(
+        f"awaited remote {at_awaited}", CPU_PER_JOB
+    )
+    return Report(
+        question="What does a remote job cost beyond a task that sleeps as long?",
+        tables=[
+            Table(
+                f"jobs of {SECONDS:g} s",
+                [
+                    {"case": name} | {figure: each.get(figure, "") for figure in SHOWN}
+                    for name, each in measured.items()
+                ],
+            ),
+            Table(
+                "their requests in a bare loop",
+                [{"case": name, CPU: each[CPU]} for name, each in bare_loop.items()],
+            ),
+            Table("to the first byte", [dict(bytes_)]),
+        ],
+        targets=[
+            *targets("awaited", at_awaited),
+            *targets("mapped", max(mapped)),
+            Target(f"run_many, {runs:,}: CPU per job, of an awaited task's", share, 0.1),
+            Target(
+                "the first byte, above the bare task, ms (CASE-067)", bytes_["above ms"].median, 50
+            ),
+            Target("ledger writes before it", bytes_["writes before create"].median, 1),
+        ],
+        plots=[
+            Curves(
+                figure,
+                "awaited tasks",
+                figure,
+                {
+                    kind: [(n, median(f"awaited {kind} {n}", figure)) for n in awaited]
+                    for kind in ("bare", "remote")
+                },
+            )
+            for figure in (WALL, CPU, PEAK)
+        ],
+    )
+
+
+if __name__ == "__main__":
+    main(run, __doc__)
