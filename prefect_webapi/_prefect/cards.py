@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any, cast
 
@@ -44,7 +44,7 @@ class Story:
         if last is not None and (last.name, last.reason) == (name, reason):
             return False
         if last is not None and last.name == name:
-            self.steps[-1] = last.model_copy(update={"reason": reason})
+            self.steps[-1] = replace(last, reason=reason)
         else:
             self.steps.append(Step(name=name, at=at, reason=reason))
         return True
