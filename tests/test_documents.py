@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 import ast
+import contextlib
+import io
+import itertools
 import re
+from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import yaml
 from pydantic import HttpUrl, SecretStr
+from rich.console import Console
 
+import prefect_webapi
+import prefect_webapi.auth
+import prefect_webapi.http
+import prefect_webapi.template
+import prefect_webapi.testing
+from prefect_webapi import AsyncPlugin, Phase, SyncPlugin, default_registry
+from prefect_webapi.cli import app
+from prefect_webapi.engine.machine import TRANSITIONS
+from prefect_webapi.ledger.records import JobState
 from prefect_webapi.testing import EmbeddedJobServer
 from prefect_webapi_jobserver import JobServer
 from tests.support.jobserver import TOKEN
@@ -20,9 +36,6 @@ REPOSITORY = Path(__file__).parents[1]
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "flows/README.md")
 PAGES = sorted(str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "docs").rglob("*.md"))
 RUN_SECONDS = 120.0
-
-# Blocks are shared by a session's workers, and each has a job server of its own.
-in_one_worker = pytest.mark.xdist_group("documents")
 
 
 def text_of(document: str) -> str:
@@ -37,26 +50,13 @@ def code_in(document: str) -> list[str]:
 def environment(
     prefect_api: PrefectServer, job_server: EmbeddedJobServer, tmp_path: Path
 ) -> dict[str, str]:
-    """Of a script whose connections, `prod` and `quickstart`, are saved, and whose ledger is new."""
+    """Of a script whose connection `quickstart` is saved, and whose ledger is new."""
     block = JobServer(base_url=HttpUrl(job_server.url), token=SecretStr(TOKEN))
-    for name in ("prod", "quickstart"):
-        block.save(name, overwrite=True)
+    block.save("quickstart", overwrite=True)
     ledger = f"sqlite+aiosqlite:///{tmp_path / 'ledger.db'}"
     return {"PREFECT_INTEGRATIONS_WEBAPI_LEDGER_URL": ledger}
 
 
-@in_one_worker
-@pytest.mark.timeout(300)
-def test_the_flow_of_the_readme_runs(
-    scripts: Scripts, environment: dict[str, str], job_server: EmbeddedJobServer
-) -> None:
-    (code,) = code_in("README.md")
-    told = scripts.run(scripts.write(code), within=RUN_SECONDS, **environment)
-    assert "3 reports ready, see http://" in told
-    assert job_server.stats().created == 3
-
-
-@in_one_worker
 @pytest.mark.timeout(400)
 def test_the_example_that_is_started_twice_makes_its_jobs_once(
     scripts: Scripts, environment: dict[str, str], job_server: EmbeddedJobServer
@@ -85,7 +85,7 @@ def test_the_flows_are_listed_in_reading_order() -> None:
         assert f"`{path.name}`" in text_of("flows/README.md")
 
 
-@pytest.mark.parametrize("document", PAGES)
+@pytest.mark.parametrize("document", ["README.md", *PAGES])
 def test_samples_are_python_and_import_what_there_is(document: str) -> None:
     for code in code_in(document):
         imports = [
@@ -102,6 +102,89 @@ def test_every_link_leads_somewhere(document: str) -> None:
     prose = re.sub(r"^```.*?^```", "", text_of(document), flags=re.DOTALL | re.MULTILINE)
     for target in re.findall(r"\]\(([^)#]+)", prose):
         assert target.startswith("https://") or (here / target).exists(), target
+
+
+def test_the_diagram_of_a_jobs_life_is_the_table_of_the_engine() -> None:
+    drawn = re.findall(r"^    (\w+) --> (\w+): (.+)$", text_of("docs/concepts.md"), re.MULTILINE)
+    assert sorted(drawn) == sorted(
+        (state.value, to.value, event.value) for (state, event), to in TRANSITIONS.items()
+    )
+
+
+def test_every_state_and_phase_is_explained() -> None:
+    page = text_of("docs/concepts.md")
+    for each in (*JobState, *Phase):
+        assert f"| `{each.name}`" in page
+
+
+def plugin_classes(base: type[Any]) -> dict[str, type[Any]]:
+    """Those of this repository, by name."""
+    below = [*base.__subclasses__()]
+    for each in base.__subclasses__():
+        below += plugin_classes(each).values()
+    return {each.__name__: each for each in below if each.__module__.startswith("prefect_webapi_")}
+
+
+def test_the_guarantees_told_are_those_of_the_plugins() -> None:
+    """A plugin's class is what its loader names; that of HTTP learns its guarantee from the description."""
+    page = text_of("docs/guarantees.md")
+    rows = re.findall(r"^\| \[?`([\w-]+)`.*?\| (\S.*?) \|", page, re.MULTILINE)
+    told = dict(rows)
+    assert told.keys() == default_registry.entries.keys()
+    assert told.pop("http") == "as described"
+    import_module("prefect_webapi_flyte.plugin")  # its loader does so later
+    classes = plugin_classes(AsyncPlugin) | plugin_classes(SyncPlugin)
+    for plugin, guarantee in told.items():
+        loader: Any = default_registry.entries[plugin].plugin_loader
+        (found,) = [classes[name] for name in loader.__code__.co_names if name in classes]
+        if issubclass(found, SyncPlugin):
+            assert not found.idempotent
+            assert guarantee == "`at-most-once`"
+        else:
+            assert guarantee == f"`{found.guarantee}`"
+
+
+@pytest.mark.parametrize(
+    ("module", "pages"),
+    [
+        (prefect_webapi, "flows plugins http"),
+        (prefect_webapi.http, "http"),
+        (prefect_webapi.auth, "http"),
+        (prefect_webapi.template, "http"),
+        (prefect_webapi.testing, "testing"),
+    ],
+)
+def test_the_reference_has_every_public_name(module: ModuleType, pages: str) -> None:
+    shown = "".join(text_of(f"docs/reference/{page}.md") for page in pages.split())
+    names = set(re.findall(r"^::: [\w.]+\.(\w+)$", shown, re.MULTILINE))
+    assert set(module.__all__) <= names
+
+
+def commands_in(document: str) -> Iterator[str]:
+    """What follows `prefect-webapi` in shell samples and in the text."""
+    text = text_of(document)
+    for block in re.findall(r"^```(?:sh)?\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        yield from re.findall(r"^(?:uv run )?prefect-webapi (.*?)(?: +#.*)?$", block, re.MULTILINE)
+    yield from re.findall(r"`(?:uv run )?prefect-webapi ([^`]+)`", text)
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, *PAGES])
+def test_every_command_of_ours_is_one(document: str) -> None:
+    """Its verbs exist, and each option is in the help."""
+    for command in commands_in(document):
+        words = command.replace("[", " ").replace("]", " ").split()
+        verbs = [*itertools.takewhile(lambda word: re.fullmatch(r"[a-z]+", word), words)]
+        shown = io.StringIO()
+        with contextlib.redirect_stdout(shown):
+            app(
+                [*verbs, "--help"],
+                console=Console(file=shown, width=200),
+                exit_on_error=False,
+                result_action="return_value",
+            )
+        assert f"Usage: {' '.join(['prefect-webapi', *verbs])} " in shown.getvalue()
+        for option in re.findall(r"--[a-z-]+", command):
+            assert option in shown.getvalue(), command
 
 
 def test_every_path_of_the_map_exists() -> None:
