@@ -14,6 +14,7 @@ import logging
 import re
 import socket
 import ssl
+import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -52,6 +53,8 @@ __all__ = [
     "path",
     "retry_after",
 ]
+
+logger = logging.getLogger(__name__)
 
 Method = Literal["GET", "POST", "PUT", "PATCH", "DELETE"]
 T = TypeVar("T")
@@ -307,14 +310,20 @@ class RemoteClient:
             _secrets_of({**(headers or {}), **_texts(params), **(form or {}), **fresh})
         )
         sent = _merged(sent, _sendable(fresh))
+        began, came = time.monotonic(), "no answer"
         try:
             async with self._opened().stream(
                 method, url, content=content or None, headers=sent
             ) as response:
+                came = str(response.status_code)
                 body = await self._body(response, mask)
                 return Answer(response.status_code, dict(response.headers.items()), body, mask)
         except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, OSError) as error:
             found = classify(error)
+        finally:
+            if logger.isEnabledFor(logging.DEBUG):
+                asked, seconds = mask(mask_url(str(url))), time.monotonic() - began
+                logger.debug("%s %s -> %s in %.3f s", method, asked, came, seconds)
         # Raised outside the handler: what httpx raised holds the request, and so the credentials.
         found.message = mask(found.message)
         found.args = (found.message,)

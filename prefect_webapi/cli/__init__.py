@@ -14,6 +14,7 @@ from cyclopts import App
 from prefect_webapi.cli.doctor import doctor
 from prefect_webapi.cli.quickstart import quickstart
 from prefect_webapi.cli.sweep import sweep
+from prefect_webapi.cli.trying import try_plugin
 from prefect_webapi.contract.errors import ConfigurationError, WebApiError
 
 __all__ = ["app", "main"]
@@ -51,6 +52,12 @@ app.command(
     name="config",
     help="Look at the settings; check a file of limits before it is used.",
 )
+app.command(
+    "prefect_webapi.cli.new:app",
+    name="new",
+    help="Begin a plugin of your own: a package that is green at once.",
+)
+app.command(try_plugin, name="try")
 app.register_install_completion_command(  # pyright: ignore[reportUnknownMemberType] - cyclopts leaves it untyped
     help="Have your shell complete these commands: writes its completion file, and a line in its start file."
 )

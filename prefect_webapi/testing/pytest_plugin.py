@@ -84,15 +84,21 @@ class _Contract(pytest.Collector):
             from prefect_webapi.testing.conformance.loading import entry_of, service_of
             from prefect_webapi.testing.conformance.trial import Trial
 
-            named = str(
-                self.config.getoption("--webapi-service") or self.config.getini("webapi_service")
-            )
             entry = entry_of(self.name)
-            service = service_of(named or f"{self.name.partition(':')[0]}.conformance:{_SERVICE}")
+            service = service_of(_service_name(self.config, self.name))
             opening = ExitStack()
             self._trial = opening.enter_context(Trial(entry, service, CHECKS))
             self.addfinalizer(opening.close)
         return self._trial
+
+
+def _service_name(config: pytest.Config, entry: str) -> str:
+    if given := config.getoption("--webapi-service"):
+        return str(given)
+    if written := str(config.getini("webapi_service")):
+        module, _, name = written.rpartition(":")  # a path is written from the folder of that file
+        return f"{config.rootpath / module}:{name}" if module.endswith(".py") else written
+    return f"{entry.partition(':')[0]}.conformance:{_SERVICE}"
 
 
 class _Item(pytest.Item):
