@@ -215,7 +215,8 @@ class TaskRunReporter:
         story = self._tell(outcome.job_key, info.phase.name, info.reason, info=info, failed=failed)
         self._progress.over(outcome.job_key, failed=failed)
         what = end_of(info, stopped_by_us=outcome.stopped_by_us)
-        self._emit(what, story, info.reason)
+        if story is not None:
+            self._emit(what, story, info.reason)
 
     def close(self) -> None:
         """Show nothing any more: the task run is about to get its last state from Prefect's engine."""
@@ -277,8 +278,24 @@ class TaskRunReporter:
         info: PhaseInfo | None = None,
         shown: Shown | None = None,
         failed: bool = False,
+    ) -> Story | None:
+        """Add to the job's story, and to its card if it has one; the story."""
+        try:
+            return self._tell_on(key, name, reason, record, info, shown, failed)
+        except Exception as error:  # noqa: BLE001 - display must never harm a job
+            logger.debug("job %s can't be shown: %s", key, error)
+            return None
+
+    def _tell_on(
+        self,
+        key: str,
+        name: str,
+        reason: str,
+        record: Record | None,
+        info: PhaseInfo | None,
+        shown: Shown | None,
+        failed: bool,
     ) -> Story:
-        """Add to the job's story, and to its card if it has one."""
         with self._lock:
             story = self._story
             is_first = story is None
