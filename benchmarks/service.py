@@ -17,7 +17,12 @@ import urllib.request
 from typing import Any, Self
 from urllib.parse import parse_qs, unquote
 
-from prefect_webapi.testing.jobserver.jobs import Job, JobTable, NewJob
+from h2.config import H2Configuration
+from h2.connection import H2Connection
+from h2.events import RequestReceived
+from h2.settings import SettingCodes
+
+from prefect_webapi.testing.jobserver.jobs import Job, JobSpecification, JobTable, NewJob
 
 __all__ = ["Service"]
 
@@ -27,12 +32,13 @@ _direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 class Service:
     """The service as a process beside a benchmark. A context manager; the process ends with the block, or with ours."""
 
-    def __init__(self, url: str = "") -> None:
+    def __init__(self, url: str = "", *, http2: bool = False) -> None:
         self.url = url  # of one that runs already, to ask it
+        self._arguments = ["--http2"] if http2 else []
 
     def __enter__(self) -> Self:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.service"],
+            [sys.executable, "-m", "benchmarks.service", *self._arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -125,6 +131,30 @@ class _Jobs:
         }
 
 
+class _Http2(asyncio.Protocol):
+    """GET over HTTP/2 in the clear, by prior knowledge."""
+
+    def __init__(self, jobs: _Jobs) -> None:
+        self._jobs = jobs
+        self._h2 = H2Connection(H2Configuration(client_side=False, header_encoding="utf-8"))
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        self._h2.initiate_connection()
+        self._h2.update_settings({SettingCodes.MAX_CONCURRENT_STREAMS: 10_000})
+        self._transport.write(self._h2.data_to_send())
+
+    def data_received(self, data: bytes) -> None:
+        for event in self._h2.receive_data(data):
+            if isinstance(event, RequestReceived):
+                asked = dict(event.headers)
+                status, told = self._jobs.answer(asked[":method"], asked[":path"], b"")
+                self._h2.send_headers(event.stream_id, [(":status", str(status))])
+                self._h2.send_data(event.stream_id, json.dumps(told).encode(), end_stream=True)
+        self._transport.write(self._h2.data_to_send())
+
+
 class _Http(asyncio.Protocol):
     """HTTP/1.1 with `Content-Length` and connections that stay open: what the clients here speak."""
 
@@ -156,7 +186,9 @@ class _Http(asyncio.Protocol):
 
 async def _serve() -> None:
     jobs, loop = _Jobs(), asyncio.get_running_loop()
-    server = await loop.create_server(lambda: _Http(jobs), "127.0.0.1", 0, backlog=4096)
+    jobs.table.add("first", NewJob(spec=JobSpecification(seconds=1e6)))
+    speak = _Http2 if "--http2" in sys.argv else _Http
+    server = await loop.create_server(lambda: speak(jobs), "127.0.0.1", 0, backlog=4096)
     print(f"READY http://127.0.0.1:{server.sockets[0].getsockname()[1]}", flush=True)
     await asyncio.to_thread(sys.stdin.read)  # ends with the parent's pipe
 
