@@ -40,6 +40,7 @@ from prefect_webapi.contract.errors import (
     Throttled,
 )
 from prefect_webapi.contract.secrecy import Mask, looks_secret, mask_url
+from prefect_webapi.tracing import request_span
 
 __all__ = [
     "ANSWER_TOO_LARGE",
@@ -312,11 +313,14 @@ class RemoteClient:
         sent = _merged(sent, _sendable(fresh))
         began, came = time.monotonic(), "no answer"
         try:
-            async with self._opened().stream(
-                method, url, content=content or None, headers=sent
-            ) as response:
-                came = str(response.status_code)
-                body = await self._body(response, mask)
+            with request_span(method, url.scheme, url.host) as span:
+                async with self._opened().stream(
+                    method, url, content=content or None, headers=sent
+                ) as response:
+                    came = str(response.status_code)
+                    if span is not None:
+                        span.set_attribute("http.response.status_code", response.status_code)
+                    body = await self._body(response, mask)
                 return Answer(response.status_code, dict(response.headers.items()), body, mask)
         except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, OSError) as error:
             found = classify(error)

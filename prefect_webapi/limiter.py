@@ -59,7 +59,7 @@ class _Lane:
         self._where = where
         self._op: Op = op
         self._clock = clock
-        self._metrics = metrics
+        self._waited = metrics.histogram("permit_wait_seconds", op=op)
         self._bucket = AsyncLimiter(1)
         self._turn = asyncio.Lock()
         self._waiting = 0
@@ -140,7 +140,7 @@ class _Lane:
                     await self._clock.sleep(closed)  # the service asked for less meanwhile
         finally:
             self._waiting -= 1
-        self._metrics.observe("permit_wait_seconds", self._clock.monotonic() - began, op=self._op)
+        self._waited(self._clock.monotonic() - began)
 
     def opens_in(self) -> float:
         if (left := self._closed_until - self._clock.monotonic()) > 0:

@@ -15,7 +15,6 @@ from typing import Any, Literal, cast
 
 import anyio
 
-from prefect_webapi.contract.contexts import GetContext
 from prefect_webapi.contract.errors import (
     AuthError,
     BadTaskSpecification,
@@ -30,12 +29,14 @@ from prefect_webapi.contract.phase import PhaseInfo
 from prefect_webapi.contract.plugin import AsyncPlugin, CreateResult, SyncPlugin, overrides
 from prefect_webapi.contract.secrecy import Mask, secrets_in
 from prefect_webapi.contract.task import ResourceRequirements
-from prefect_webapi.engine.contexts import DeleteView, GetView, StatusView, TaskView
+from prefect_webapi.engine.contexts import DeleteView, ReadView, StatusView, TaskView, ViewSource
 from prefect_webapi.engine.faults import fault_point
 from prefect_webapi.engine.services import Services
 from prefect_webapi.http import classify
 from prefect_webapi.limiter import Gate, Op
+from prefect_webapi.metrics import Add, Metrics
 from prefect_webapi.registry import Loaded, is_cancelled
+from prefect_webapi.tracing import Origin, call_span
 
 __all__ = ["Calls", "can_clear_up", "can_find", "guarantee", "is_sync"]
 
@@ -55,6 +56,26 @@ _OPS: dict[_Name, Op] = {
 }
 
 
+class _Counts:
+    """Counters of calls and their latencies, bound to their labels when first used."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._calls: dict[tuple[str, str, str], Add] = {}
+        self._seconds: dict[tuple[str, str], Add] = {}
+
+    def count(self, plugin: str, op: str, outcome: str, seconds: float) -> None:
+        call, latency = (plugin, op, outcome), (plugin, op)
+        if (add := self._calls.get(call)) is None:
+            add = self._metrics.counter("calls_total", plugin=plugin, op=op, outcome=outcome)
+            self._calls[call] = add
+        if (observe := self._seconds.get(latency)) is None:
+            observe = self._metrics.histogram("call_seconds", plugin=plugin, op=op)
+            self._seconds[latency] = observe
+        add(1)
+        observe(seconds)
+
+
 class Calls:
     """The plugin's methods as the engine sees them. Each raises nothing but `RemoteError`s.
 
@@ -64,6 +85,7 @@ class Calls:
 
     def __init__(self, services: Services) -> None:
         self._services = services
+        self._counts = _Counts(services.metrics)
         self._threads: dict[str, anyio.CapacityLimiter] = {}
         self._in_threads: dict[int, asyncio.Event] = {}
 
@@ -135,24 +157,25 @@ class Calls:
 
     async def create(self, loaded: Loaded, view: TaskView) -> CreateResult[Any, Any]:
         """Send create. The caller has the permit already."""
-        answer = await self._call(loaded, "create", view, permitted=True)
+        answer = await self._call(loaded, "create", view, [view], permitted=True)
         if isinstance(answer, CreateResult):
             return answer  # pyright: ignore[reportUnknownVariableType] - authors' type arguments
         return CreateResult(answer)
 
     async def find(self, loaded: Loaded, view: TaskView) -> CreateResult[Any, Any] | None:
-        answer = await self._call(loaded, "find", view)
+        answer = await self._call(loaded, "find", view, [view])
         if answer is None or isinstance(answer, CreateResult):
             return answer  # pyright: ignore[reportUnknownVariableType] - authors' type arguments
         raise _wrong(loaded, "find", answer, "a CreateResult or None")
 
-    async def get(self, loaded: Loaded, handle: Any) -> Any:
-        return await self._call(loaded, "get", GetView(handle))
+    async def get(self, loaded: Loaded, context: ReadView) -> Any:
+        return await self._call(loaded, "get", context, [context.source])
 
     async def get_many(
-        self, loaded: Loaded, contexts: Sequence[GetContext[Any]]
+        self, loaded: Loaded, contexts: Sequence[ReadView]
     ) -> Sequence[Any | Exception | None]:
-        answers = await self._call(loaded, "get_many", contexts)
+        tasks = [context.source for context in contexts]
+        answers = await self._call(loaded, "get_many", contexts, tasks)
         if not isinstance(answers, Sequence) or isinstance(answers, str | bytes):
             raise _wrong(loaded, "get_many", answers, "a list")
         if len(answers := cast(Sequence[Any], answers)) != len(contexts):
@@ -165,13 +188,13 @@ class Calls:
             for a in answers
         ]
 
-    async def delete(self, loaded: Loaded, handle: Any, reason: str) -> None:
+    async def delete(self, loaded: Loaded, handle: Any, reason: str, task: ViewSource) -> None:
         """Send delete. The caller has the permit already."""
-        await self._call(loaded, "delete", DeleteView(handle, reason), permitted=True)
+        await self._call(loaded, "delete", DeleteView(handle, reason), [task], permitted=True)
 
     async def do(self, loaded: Loaded, view: TaskView, timeout: timedelta) -> PhaseInfo:
         """Send do. The caller has the permit already."""
-        answer = await self._call(loaded, "do", view, permitted=True, timeout=timeout)
+        answer = await self._call(loaded, "do", view, [view], permitted=True, timeout=timeout)
         if isinstance(answer, PhaseInfo):
             return answer
         wrong = _wrong(loaded, "do", answer, "a PhaseInfo")  # whatever it did is done
@@ -183,13 +206,14 @@ class Calls:
             await ended.wait()
 
     async def outputs(self, loaded: Loaded, view: StatusView) -> Any:
-        return await self._call(loaded, "outputs", view)
+        return await self._call(loaded, "outputs", view, [view.source])
 
     async def _call(
         self,
         loaded: Loaded,
         name: _Name,
         argument: Any,
+        tasks: Sequence[ViewSource],
         *,
         permitted: bool = False,
         timeout: timedelta | None = None,
@@ -198,37 +222,44 @@ class Calls:
             loaded
         )  # a job may hold one that was replaced long ago
         try:
-            return await self._once(refused, name, argument, permitted, timeout)
+            return await self._once(refused, name, argument, tasks, permitted, timeout)
         except AuthError:
             await self._services.plugins.refresh(refused, force=True)
             fault_point("KP-36")
-        return await self._once(refused, name, argument, False, timeout)
+        return await self._once(refused, name, argument, tasks, False, timeout)
 
     async def _once(
-        self, loaded: Loaded, name: _Name, argument: Any, permitted: bool, timeout: timedelta | None
+        self,
+        loaded: Loaded,
+        name: _Name,
+        argument: Any,
+        tasks: Sequence[ViewSource],
+        permitted: bool,
+        timeout: timedelta | None,
     ) -> Any:
         op = _OPS[name]
         gate = self.gate(loaded) if permitted else await self._pass(loaded, op)
         now = self._services.plugins.current(loaded)
         limit = timeout or self._timeout(now, name)
-        clock, metrics = self._services.clock, self._services.metrics
+        clock, counts = self._services.clock, self._counts
+        plugin = now.entry.id
         began = clock.monotonic()
         outcome = "cancelled"
         try:
-            answer = await self._ask(now, name, argument, limit)
+            with call_span(name, plugin, now.connection.name, map(_origin, tasks)):
+                answer = await self._ask(now, name, argument, limit)
         except RemoteError as error:
             outcome = type(error).__name__
             if isinstance(error, Throttled):
                 gate.throttled(op, self._capped(now, error.retry_after))
-                metrics.count("throttled_total", plugin=now.entry.id, op=op)
+                self._services.metrics.count("throttled_total", plugin=plugin, op=op)
             raise
         else:
             outcome = "ok"
             gate.succeeded(op)
             return answer
         finally:
-            metrics.count("calls_total", plugin=now.entry.id, op=name, outcome=outcome)
-            metrics.observe("call_seconds", clock.monotonic() - began, plugin=now.entry.id, op=name)
+            counts.count(plugin, name, outcome, clock.monotonic() - began)
 
     async def _ask(self, loaded: Loaded, name: str, argument: Any, limit: timedelta) -> Any:
         """Call a method of the newest instance; whatever an author's code raises is judged."""
@@ -303,6 +334,11 @@ class Calls:
                 return settings.delete_timeout
             case _:
                 return settings.get_timeout
+
+
+def _origin(task: ViewSource) -> Origin:
+    caller = task.request.caller
+    return Origin(task.request.trace, task.key, caller.flow_run, caller.task_run)
 
 
 def _mask(loaded: Loaded, argument: Any) -> Mask:

@@ -48,7 +48,7 @@ async def ask_to_end(services: Services, calls: Calls, job: Job, ending: Ending)
         fault_point("KP-22")
         job.delete_tries += 1
         try:
-            await calls.delete(job.loaded, job.handle, ending.reason)
+            await calls.delete(job.loaded, job.handle, ending.reason, job)
         except NotFound:
             return False  # the reads that follow decide
         except RemoteError as error:

@@ -16,10 +16,12 @@ import anyio.abc
 from prefect_webapi.contract.errors import WebApiError
 from prefect_webapi.contract.plugin import AsyncPlugin
 from prefect_webapi.engine.calls import Calls
-from prefect_webapi.engine.contexts import GetView
+from prefect_webapi.engine.contexts import ReadView
+from prefect_webapi.engine.job import Job
 from prefect_webapi.engine.services import Services
 from prefect_webapi.ledger.records import JobState
 from prefect_webapi.ledger.store import Reader, Store
+from prefect_webapi.metrics import Add
 from prefect_webapi.poller import Observation, Poller, ReadingPolicy
 from prefect_webapi.quotas import Repair
 from prefect_webapi.registry import Loaded
@@ -80,6 +82,7 @@ class Channel:
     """One plugin's connection.
 
     Attributes:
+        lag / interval: the plugin's histograms of reads.
         quotas: ``dict[namespace, places]`` as last registered.
         limits: ``dict[limit's name, places]`` as last set: quotas and constraints.
     """
@@ -87,8 +90,16 @@ class Channel:
     loaded: Loaded
     poller: Poller
     capacity: Capacity
+    lag: Add
+    interval: Add
     quotas: dict[str, int] = field(default_factory=dict[str, int])
     limits: dict[str, int] = field(default_factory=dict[str, int])
+
+    def note_read(self, observation: Observation) -> None:
+        """Count how late a read was, and how long after the one before it; a job's first read has none before it."""
+        self.lag(observation.late)
+        if (gap := observation.watched.gap) > 0:
+            self.interval(gap + observation.late)
 
 
 class _Reading:
@@ -98,11 +109,12 @@ class _Reading:
         self._calls = calls
         self._loaded = loaded
 
-    async def one(self, context: Any) -> Any:
-        return await self._calls.get(self._loaded, context)
+    async def one(self, context: Job) -> Any:
+        return await self._calls.get(self._loaded, ReadView(context.handle, context))
 
-    async def many(self, contexts: Sequence[Any]) -> Sequence[Any | Exception | None]:
-        return await self._calls.get_many(self._loaded, [GetView(each) for each in contexts])
+    async def many(self, contexts: Sequence[Job]) -> Sequence[Any | Exception | None]:
+        views = [ReadView(each.handle, each) for each in contexts]
+        return await self._calls.get_many(self._loaded, views)
 
 
 class Channels:
@@ -149,10 +161,17 @@ class Channels:
                     self._deliver,
                     self._services.clock,
                 )
-                channel = Channel(loaded, poller, Capacity(loaded.config.caching.size))
+                metrics, plugin = self._services.metrics, loaded.entry.id
+                channel = Channel(
+                    loaded,
+                    poller,
+                    Capacity(loaded.config.caching.size),
+                    metrics.histogram("poll_lag_seconds", plugin=plugin),
+                    metrics.histogram("poll_interval_seconds", plugin=plugin),
+                )
                 await self._set_quotas(channel, loaded)
                 self._channels[key] = channel
-                self._services.metrics.count("evictions_total", 0, plugin=loaded.entry.id)
+                metrics.count("evictions_total", 0, plugin=plugin)
                 self._tasks.start_soon(poller.run)
             elif channel.loaded is not loaded:
                 await self._update(channel, loaded)

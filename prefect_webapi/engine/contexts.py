@@ -20,6 +20,7 @@ __all__ = [
     "DeleteView",
     "GetView",
     "OutputSlot",
+    "ReadView",
     "StatusView",
     "TaskView",
     "ViewSource",
@@ -149,6 +150,12 @@ class ViewSource(Protocol):
         """Secrets that the author's code has got through the view."""
         ...
 
+    @property
+    def request(self) -> JobRequest: ...
+
+    @property
+    def key(self) -> JobKey: ...
+
 
 @dataclass(frozen=True, slots=True)
 class TaskView:
@@ -166,6 +173,10 @@ class TaskView:
         return self
 
     @property
+    def key(self) -> JobKey:
+        return JobKey(self.task_execution_metadata.generated_name)
+
+    @property
     def given(self) -> Sequence[SecretStr]:
         return self.secret_manager.given
 
@@ -179,7 +190,7 @@ class TaskView:
 
     @property
     def _prefix(self) -> str:
-        return storage_prefix(JobKey(self.task_execution_metadata.generated_name))
+        return storage_prefix(self.key)
 
     def spec(self, model: type[ModelT], /) -> ModelT:
         spec: JobSpec[Any] = self.request.spec
@@ -231,6 +242,13 @@ class GetView:
     """A handle and nothing else: reads work in a process that never saw the task."""
 
     resource_meta: Any
+
+
+@dataclass(frozen=True, slots=True)
+class ReadView(GetView):
+    """A `GetView` that knows for which job it is. Plugins see the handle only."""
+
+    source: ViewSource = field(repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -228,6 +228,10 @@ class Job:
         return self._view
 
     @property
+    def key(self) -> JobKey:
+        return self.record.key
+
+    @property
     def given(self) -> Sequence[SecretStr]:
         return self._view.given if self._view is not None else ()
 

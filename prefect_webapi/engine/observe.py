@@ -64,7 +64,7 @@ class Observer:
             poller.forget(job.watched)
         born = job.record.details.created_remotely_at or job.record.created_at
         age = 0.0 if fresh else max(0.0, (self._services.clock.now() - born).total_seconds())
-        job.watched = poller.watch(job, job.handle, age=age)
+        job.watched = poller.watch(job, job, age=age)
         job.rest()
 
     def forget(self, job: Job) -> None:
@@ -75,10 +75,9 @@ class Observer:
     async def take_in(self, job: Job, observation: Observation) -> None:
         """Do what follows from one read."""
         fault_point("KP-11")
-        self._services.metrics.observe(
-            "poll_lag_seconds", observation.late, plugin=job.record.plugin
-        )
-        poller = self._channels.of(job.loaded).poller
+        channel = self._channels.of(job.loaded)
+        channel.note_read(observation)
+        poller = channel.poller
         error = observation.error
         if isinstance(error, Throttled):
             self._report(

@@ -13,6 +13,7 @@ from prefect_webapi.contract.keys import Fingerprint, JobKey
 from prefect_webapi.contract.phase import PhaseInfo
 from prefect_webapi.contract.task import JobSpec
 from prefect_webapi.ledger.records import Record
+from prefect_webapi.tracing import Context, here
 
 __all__ = [
     "Caller",
@@ -81,6 +82,7 @@ class JobRequest:
         connection: a block document's name, or a block.
         inputs: the arguments of the task's call.
         reporter: tells Prefect what happens to this job.
+        trace: where the call was made, for the spans of what follows from it on other threads.
     """
 
     task_type: str
@@ -93,6 +95,7 @@ class JobRequest:
     plugin: str | None = None
     inputs: Mapping[str, Any] = field(default_factory=_nothing)
     options: Overrides = Overrides()
+    trace: Context = field(default_factory=here, repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

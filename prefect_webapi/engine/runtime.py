@@ -37,7 +37,7 @@ from prefect_webapi.engine.adapters import handle_adapter
 from prefect_webapi.engine.calls import Calls, can_clear_up, is_sync
 from prefect_webapi.engine.cancel import ask_to_end
 from prefect_webapi.engine.channels import Channel, Channels
-from prefect_webapi.engine.contexts import StatusView
+from prefect_webapi.engine.contexts import ReadView, StatusView
 from prefect_webapi.engine.drafts import conflict, draft_for
 from prefect_webapi.engine.faults import fault_point
 from prefect_webapi.engine.handover import Others, close, release, request_of, take_over
@@ -252,7 +252,7 @@ class Runtime:
         job = Job(self._services, record, request_of(record, loaded), loaded)
         try:
             handle = handle_adapter(loaded).validate_json(record.handle or "")
-            snapshot = await self._calls.get(loaded, handle)
+            snapshot = await self._calls.get(loaded, ReadView(handle, job))
             info = await self._calls.status(loaded, StatusView(job, handle, snapshot))
         except (RemoteError, ValidationError) as error:
             return isinstance(error, NotFound)

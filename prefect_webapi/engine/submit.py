@@ -334,7 +334,7 @@ async def _undo(calls: Calls, job: Job, reason: str) -> None:
     """A job that can't be remembered must not run on: it is ended while its handle is known."""
     try:
         await calls.permit(job.loaded, "write")
-        await calls.delete(job.loaded, job.handle, reason)
+        await calls.delete(job.loaded, job.handle, reason, job)
     except RemoteError as error:
         logger.critical(
             "job %s runs and could be neither remembered nor ended: handle %s: %s",
