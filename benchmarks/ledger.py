@@ -8,8 +8,6 @@ Commits are counted where SQLAlchemy makes them. On SQLite with WAL and `synchro
 checkpoint (about every 1,000 pages) two more; Postgres counts its own (`pg_stat_wal.wal_sync`). What the whole engine
 writes per job is counted as well, over a service in memory.
 
-CASE-080: the writes per job.
-
 Run: `uv run python -m benchmarks.ledger [--quick] [--json] [--repetitions N]`
 """
 
@@ -88,7 +86,8 @@ async def _through(url: str, at_once: int, quota: bool) -> Figures:
         async def one_after_the_other() -> None:
             nonlocal writes
             for n in numbers:
-                writes += await _life(store, n, quota)
+                written = await _life(store, n, quota)
+                writes += written
 
         with using(figures):
             async with asyncio.TaskGroup() as group:
@@ -110,7 +109,7 @@ async def _life(store: SqlStore, number: int, quota: bool) -> int:
     details = Details(
         task_name="bench",
         task_key="bench.task",
-        spec={"kind": "report", "day": number},
+        spec=f'{{"kind":"report","day":{number}}}',
         steps=(Step(name="ADMITTED", at=now),),
     )
     draft = draft_for(
@@ -134,7 +133,7 @@ async def _moved(store: SqlStore, old: Record, state: JobState, count: int) -> R
     more: dict[str, Any] = {"steps": steps}
     if state is S.OVER:
         more |= {"phase": PhaseInfo.success(), "outputs": Outputs(value={"uri": "job#1"})}
-    details = old.details.model_copy(update=more)
+    details = replace(old.details, **more)
     handle = '{"name": "a-name-of-some-length"}' if state is S.CREATED else None
     move = Move(old=old, state=state, at=now, handle=handle, details=details, count=count)
     assert await store.move(move) is MoveResult.OK

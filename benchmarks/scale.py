@@ -10,7 +10,7 @@ engine is measured. Each size runs in two fresh processes. The first makes the j
 - longest block: how late a timer on the engine's loop rang, at worst, while jobs were made, watched, restored, ended.
 - late: reads' time after they were due, from the engine's own histogram (upper bound of its bucket).
 
-CASE-270: the engine's share of judging 100,000 snapshots is the CPU per read here.
+CASE-270: judging 100,000 snapshots of a live job takes at most 2 s, without the author's own `status`.
 
 Run: `uv run python -m benchmarks.scale [--quick] [--json] [--sizes 1000 10000] [--repetitions N]`
 """
@@ -55,6 +55,7 @@ from benchmarks.measure import (
 )
 from benchmarks.plot import Curves
 from prefect_webapi import EngineSettings
+from prefect_webapi.engine.contexts import StatusView
 from prefect_webapi.engine.host import Host, Ticket
 from prefect_webapi.engine.runtime import Runtime
 from prefect_webapi.metrics import Metrics
@@ -64,6 +65,7 @@ SIZES, QUICK_SIZES = (100, 1_000, 10_000, 100_000), (1_000, 4_000)
 GAP_SECONDS, QUICK_GAP_SECONDS = 30, 5
 PROBED_SECONDS = 3.0
 GIVE_UP_SECONDS = 1_800.0
+SNAPSHOTS = 100_000
 FLAT_FROM, FLAT_TO = 1_000, 100_000
 
 
@@ -131,6 +133,29 @@ def second_life(jobs: int, gap: int, folder: str) -> Figures:
             asyncio.run(_all_well(tickets))
         figures |= _blocks(probe)
     return figures
+
+
+def judging(gap: int, folder: str) -> Figures:
+    """Snapshots that bring no news, judged one after the other; the author's own time apart."""
+
+    async def judge(runtime: Runtime) -> Figures:
+        job = next(iter(runtime._jobs.values()))
+        began = time.thread_time()
+        for _ in range(SNAPSHOTS):
+            assert not await runtime._observer.judge(job, False)
+        whole = time.thread_time() - began
+        plugin, view = job.loaded.plugin, StatusView(job.view, job.handle, False)
+        assert isinstance(plugin, Memory)
+        began = time.thread_time()
+        for _ in range(SNAPSHOTS):
+            plugin.status(view)
+        author = time.thread_time() - began
+        return {"engine s": whole - author, "author s": author}
+
+    with _life(gap, folder) as (host, _):
+        _admit(host, [Number(number=-1)])
+        _until(lambda: Memory.reads >= 1)
+        return host.perform(judge).result(GIVE_UP_SECONDS)
 
 
 @contextmanager
@@ -237,6 +262,9 @@ def run(chosen: Chosen) -> Report:
             chosen.repetitions,
             {str(n): partial(living, n, gap, f"{folder}/{n}") for n in sizes},
         )
+        judged = by_turns(chosen.repetitions, {"judging": partial(in_child, judging, gap, folder)})[
+            "judging"
+        ]
     tables = [
         Table(
             title.format(gap=gap),
@@ -244,6 +272,7 @@ def run(chosen: Chosen) -> Report:
         )
         for title, names in zip(TITLES, SHOWN, strict=True)
     ]
+    tables.append(Table(f"judging {SNAPSHOTS:,} snapshots without news", [judged]))
 
     def at(n: int, name: str) -> Series | None:
         return measured.get(str(n), {}).get(name)
@@ -272,6 +301,7 @@ def run(chosen: Chosen) -> Report:
             ),
             Target("100,000 jobs: longest block of the loop, ms", median("longest block ms"), 100),
             Target("100,000 jobs: restored from the ledger, s", median("restored s"), 10),
+            Target("judging 100,000 snapshots, s (CASE-270)", judged["engine s"].median, 2),
             Target("CPU per job from 1,000 to 100,000: largest ratio", flat, 1.2),
         ],
         plots=[
