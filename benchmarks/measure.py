@@ -35,7 +35,7 @@ from benchmarks.plot import Curves, draw
 __all__ = [
     *("CPU", "PEAK", "THREADS", "WALL"),
     *("Chosen", "Figures", "Report", "Series", "Table", "Target"),
-    *("by_turns", "in_child", "main", "using"),
+    *("by_turns", "in_child", "main", "short", "using"),
 ]
 
 Figures = dict[str, float]
@@ -110,9 +110,9 @@ class Series:
         return statistics.median(self.values)
 
     def __str__(self) -> str:
-        told = _short(self.median)
+        told = short(self.median)
         if len(self.values) > 1:
-            told += f" ({_short(min(self.values))}-{_short(max(self.values))})"
+            told += f" ({short(min(self.values))}-{short(max(self.values))})"
         return told
 
 
@@ -220,7 +220,7 @@ def main(run: Callable[[Chosen], Report], doc: str | None) -> None:
     if asked.plot:
         asked.plot.write_text(draw(report.plots))
     if asked.json:
-        print(json.dumps(_data(report, machine), default=_value))
+        print(json.dumps(_data(report, machine) | {"quick": asked.quick}, default=_value))
     else:
         show(report, machine, Console(width=None if sys.stdout.isatty() else 140))
     sys.exit(any(target.passed is False for target in report.targets))
@@ -266,8 +266,8 @@ def targets_table(targets: Sequence[Target]) -> RichTable:
         shown.add_column(name, justify="left" if name in ("target", "verdict") else "right")
     for each in targets:
         style = {True: "green", False: "red", None: "yellow"}[each.passed]
-        reached = "" if each.reached is None else _short(each.reached)
-        bound = f"{'≤' if each.at_most else '≥'} {_short(each.bound)}"
+        reached = "" if each.reached is None else short(each.reached)
+        bound = f"{'≤' if each.at_most else '≥'} {short(each.bound)}"
         shown.add_row(each.text, reached, bound, each.verdict, style=style)
     return shown
 
@@ -279,6 +279,7 @@ def _data(report: Report, machine: Mapping[str, str]) -> dict[str, Any]:
         "tables": [asdict(table) for table in report.tables],
         "notes": report.notes,
         "targets": [asdict(t) | {"verdict": t.verdict} for t in report.targets],
+        "plots": [asdict(plot) for plot in report.plots],
     }
 
 
@@ -289,10 +290,10 @@ def _value(value: Any) -> Any:
 
 
 def _cell(value: Any) -> str:
-    return _short(value) if isinstance(value, int | float) else str(value)
+    return short(value) if isinstance(value, int | float) else str(value)
 
 
-def _short(value: float) -> str:
+def short(value: float) -> str:
     """Three digits that mean something."""
     if value == 0 or abs(value) >= 100:
         return f"{value:,.0f}"
