@@ -247,7 +247,8 @@ def served(port: int | None, host: str) -> Generator[None]:
         server, thread = prometheus.start_http_server(port, addr=host)
     except OSError as error:
         logger.warning(
-            "metrics are not served at %s:%s: %s. Only one process of a machine can have a port",
+            "metrics of this process are not served at %s:%s: %s. Its jobs go on. Only one process of a machine can "
+            "have a port: give each its own in PREFECT_INTEGRATIONS_WEBAPI_METRICS_PORT, or off",
             host,
             port,
             error,

@@ -13,10 +13,16 @@ from urllib.error import URLError
 
 import pytest
 from prefect import flow
-from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
+from prefect.settings import (
+    PREFECT_CLIENT_METRICS_ENABLED,
+    PREFECT_CLIENT_METRICS_PORT,
+    temporary_settings,
+)
+from prefect.utilities.services import start_client_metrics_server, stop_client_metrics_server
+from prometheus_client import REGISTRY, CollectorRegistry, generate_latest, start_http_server
 
 from prefect_webapi._prefect import service
-from prefect_webapi.metrics import METRICS, SERIES_PER_METRIC, Metrics
+from prefect_webapi.metrics import METRICS, SERIES_PER_METRIC, Metrics, served
 from prefect_webapi.testing import EmbeddedJobServer
 from prefect_webapi_jobserver import ReportJob, run_job
 from tests.support.engine import at, block, request, run
@@ -263,12 +269,75 @@ async def test_the_counters_move_with_the_jobs(
     assert metrics.value("slot_releases_total", outcome="ok") == 3
     assert metrics.value("phase_transitions_total", plugin="single", phase="RUNNING") >= 1
     assert metrics.value("poll_lag_seconds_count", plugin="single") > 0
+    reads, gaps = (
+        metrics.value(f"poll_{each}_seconds_count", plugin="single") for each in ("lag", "interval")
+    )
+    assert 0 < gaps <= reads - 3  # each of three jobs had a first read
     for name in ("evictions_total", "ledger_conflicts_total", "held_slots", "pending_cancels"):
         assert metrics.value(name) == 0
 
 
 def _last(server: EmbeddedJobServer) -> int | None:
     return server.log("get")[-1].status
+
+
+def _published(port: int) -> str:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+        return answer.read().decode()
+
+
+def test_a_port_that_another_process_has_is_told_once_and_does_no_harm(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """REQ-77: the one that has it goes on serving."""
+    port = free_port()
+    with served(port, "127.0.0.1"):
+        with caplog.at_level(logging.WARNING), served(port, "127.0.0.1"):
+            assert "prefect_webapi_tracked_jobs" in _published(port)
+        assert "prefect_webapi_tracked_jobs" in _published(port)
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert f"127.0.0.1:{port}" in told
+    assert "Its jobs go on" in told
+    with served(None, "127.0.0.1"):
+        pass
+
+
+def test_prefects_own_client_metrics_endpoint_shows_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """REQ-77: `PREFECT_CLIENT_METRICS_ENABLED`, which runners and task workers have."""
+    begun: list[Any] = []
+
+    def on_loopback(port: int) -> Any:  # Prefect would listen on every address
+        begun.append(start_http_server(port, addr="127.0.0.1"))
+        return begun[-1]
+
+    monkeypatch.setattr("prometheus_client.start_http_server", on_loopback)
+    port = free_port()
+    Metrics().set("tracked_jobs", 3, plugin="test-endpoint")
+    with temporary_settings(
+        {PREFECT_CLIENT_METRICS_ENABLED: True, PREFECT_CLIENT_METRICS_PORT: port}
+    ):
+        start_client_metrics_server()
+        told = _published(port)
+    stop_client_metrics_server()
+    begun[0][0].server_close()  # which Prefect leaves open
+    assert 'prefect_webapi_tracked_jobs{plugin="test-endpoint"} 3.0' in told
+
+
+def test_bound_once_or_looked_up_each_time_it_is_the_same_series(
+    registry: CollectorRegistry,
+) -> None:
+    """CASE-248: places that count often bind their labels once."""
+    metrics = Metrics(registry)
+    add = metrics.counter("throttled_total", plugin="a", op="read")
+    observe = metrics.histogram("poll_interval_seconds", plugin="a")
+    for _ in range(3):
+        add(2)
+        observe(0.5)
+    metrics.count("throttled_total", plugin="a", op="read")
+    assert metrics.value("throttled_total", plugin="a", op="read") == 7
+    assert metrics.value("poll_interval_seconds_sum") == 1.5
+    with pytest.raises(ValueError, match="has the labels"):
+        metrics.counter("throttled_total", plugin="a", job="wa-1")
 
 
 @prefect_leaks
@@ -280,8 +349,7 @@ async def test_the_port_serves_every_metric_while_the_engine_lives(
     monkeypatch.setenv("PREFECT_INTEGRATIONS_WEBAPI_METRICS_PORT", str(port))
 
     def told() -> str:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
-            return answer.read().decode()
+        return _published(port)
 
     @flow
     async def one(day: int) -> None:
