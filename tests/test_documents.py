@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
+from prefect.cli.deploy._models import PrefectYamlModel  # what `prefect deploy` reads the file with
 from pydantic import HttpUrl, SecretStr
 from rich.console import Console
 
@@ -141,6 +142,27 @@ def test_the_guarantees_told_are_those_of_the_plugins() -> None:
             assert guarantee == "`at-most-once`"
         else:
             assert guarantee == f"`{found.guarantee}`"
+
+
+def test_the_readme_and_the_page_tell_the_same_guarantees() -> None:
+    page = text_of("docs/guarantees.md")
+    for guarantee, named in re.findall(
+        r"^\| `([\w-]+)` \| .*? \| ([^|]+) \|$", text_of("README.md"), re.MULTILINE
+    ):
+        for name in named.split(", "):
+            plugin = name.lower().replace(" ", "-")
+            if not plugin.startswith("an-http-api"):
+                row = rf"^\| \[?`{plugin.removesuffix('s')}s?`.*?\| `{guarantee}` \|"
+                assert re.search(row, page, re.MULTILINE), (plugin, guarantee)
+
+
+def test_the_deployment_that_is_shown_is_one_for_prefect() -> None:
+    (described,) = re.findall(
+        r"^```yaml\n(.*?)^```", text_of("docs/flow-authors.md"), re.DOTALL | re.MULTILINE
+    )
+    (deployment,) = PrefectYamlModel.model_validate(yaml.safe_load(described)).deployments
+    assert deployment.entrypoint == "nightly.py:nightly"
+    assert deployment.schedules
 
 
 @pytest.mark.parametrize(
