@@ -276,7 +276,7 @@ def _data(report: Report, machine: Mapping[str, str]) -> dict[str, Any]:
     return {
         "question": report.question,
         "machine": machine,
-        "tables": [asdict(table) for table in report.tables],
+        "tables": [{"title": table.title, "rows": table.rows} for table in report.tables],
         "notes": report.notes,
         "targets": [asdict(t) | {"verdict": t.verdict} for t in report.targets],
         "plots": [asdict(plot) for plot in report.plots],

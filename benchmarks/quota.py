@@ -18,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 
 import anyio
@@ -185,7 +185,7 @@ def theirs_sync(slots: int, seconds: float) -> Figures:
             for holder in holders:
                 holder.result()
 
-        holders: list[object] = []
+        holders: list[Future[None]] = []
         await parts.note("take", asyncio.to_thread(take))
         await parts.note("hold", asyncio.sleep(seconds))
         await parts.note("give back", asyncio.to_thread(give_back))

@@ -148,7 +148,7 @@ class _Http2(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         for event in self._h2.receive_data(data):
             if isinstance(event, RequestReceived):
-                asked = dict(event.headers)
+                asked = {str(name): str(value) for name, value in event.headers}
                 status, told = self._jobs.answer(asked[":method"], asked[":path"], b"")
                 self._h2.send_headers(event.stream_id, [(":status", str(status))])
                 self._h2.send_data(event.stream_id, json.dumps(told).encode(), end_stream=True)
