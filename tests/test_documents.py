@@ -184,7 +184,7 @@ def test_the_reference_has_every_public_name(module: ModuleType, pages: str) -> 
 def commands_in(document: str) -> Iterator[str]:
     """What follows `prefect-webapi` in shell samples and in the text."""
     text = text_of(document)
-    for block in re.findall(r"^```(?:sh)?\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+    for block in re.findall(r"^```(?:sh|bash)?\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
         yield from re.findall(r"^(?:uv run )?prefect-webapi (.*?)(?: +#.*)?$", block, re.MULTILINE)
     yield from re.findall(r"`(?:uv run )?prefect-webapi ([^`]+)`", text)
 
