@@ -27,7 +27,7 @@ from prefect_webapi.engine.host import Ticket
 from prefect_webapi.engine.request import Outcome
 from prefect_webapi.ledger.records import Record
 from prefect_webapi.testing.engine import engine, request
-from prefect_webapi.testing.watched import Call, Watch, watched
+from prefect_webapi.testing.watched import Call, Watch, handle_of, watched
 
 __all__ = ["attempt", "block_of", "job_of"]
 
@@ -120,7 +120,7 @@ class _Teller(logging.Handler):
         if call.error is not None:
             self.say(call.op, f"raised {type(call.error).__name__}: {call.error}")
         elif call.op == "create":
-            self.say(call.op, f"returned {call.answer!r}")
+            self.say(call.op, f"returned {handle_of(call.answer)!r}")
         elif not seen:
             self.say(call.op, f"returned in {call.seconds:.3f} s")
 

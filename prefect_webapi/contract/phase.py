@@ -212,6 +212,13 @@ class PhaseInfo(_Value):
         return self.err.kind if self.err else "unknown"
 
     @property
+    def has_text(self) -> bool:
+        """Whether it holds words of the author's or the service's."""
+        info = self.info
+        told = info.logs, info.custom_info, info.external_resources, info.additional_reasons
+        return bool(self.reason) or self.err is not None or any(told)
+
+    @property
     def may_retry(self) -> bool:
         return self.phase is Phase.RETRYABLE_FAILURE
 

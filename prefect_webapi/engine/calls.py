@@ -379,6 +379,8 @@ def _told_of(loaded: Loaded, view: StatusView, info: Any) -> PhaseInfo:
     """What `status` said, without secrets: services echo them, and authors pass their words on."""
     if not isinstance(info, PhaseInfo):
         raise _wrong(loaded, "status", info, "a PhaseInfo")
+    if not info.has_text:
+        return info
     mask = _mask(loaded, view)
     if not mask.hits(info.model_dump_json()):
         return info

@@ -81,6 +81,8 @@ CLOSING_SECONDS = 5.0
 """How long a closing runtime waits for deletes that are a duty already, and for creates that were sent."""
 
 
+COUNTED_AT_ONCE = 5_000
+"""Jobs that are looked at before others get their turn of the loop."""
 COMING_IN = 500
 """Calls whose records are looked for at one time: enough for a full batch of the ledger's writer."""
 SYNC_GRACE_SECONDS = 0.5
@@ -794,7 +796,7 @@ class Runtime:
                         self.end(job, Ending(record.cancel_reason))
             except LedgerError as error:
                 logger.warning("the ledger does not answer: %s", error)
-            self._gauge()
+            await self._gauge()
 
     async def _look_at_blocks(self) -> None:
         """Look at the blocks again. Apart from the beat: whoever keeps them may take a minute to answer."""
@@ -807,10 +809,14 @@ class Runtime:
                 next_look = clock.monotonic() + every
                 await self._channels.look_at_blocks()
 
-    def _gauge(self) -> None:
+    async def _gauge(self) -> None:
         """Say how many jobs this process looks after, and how many of them must still be deleted."""
-        tracked = Counter(job.record.plugin for job in self._jobs.values())
-        ending = Counter(job.record.plugin for job in self._jobs.values() if job.ending)
+        tracked, ending = Counter[str](), Counter[str]()
+        for nth, job in enumerate(list(self._jobs.values()), start=1):
+            tracked[job.record.plugin] += 1
+            ending[job.record.plugin] += job.ending is not None
+            if nth % COUNTED_AT_ONCE == 0:
+                await asyncio.sleep(0)
         for plugin in {channel.loaded.entry.id for channel in self._channels}:
             self._services.metrics.set("tracked_jobs", tracked[plugin], plugin=plugin)
             self._services.metrics.set("pending_cancels", ending[plugin], plugin=plugin)

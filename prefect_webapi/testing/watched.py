@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from prefect_webapi.contract.plugin import AsyncPlugin, CreateResult, Plugin, PluginEntry
 
-__all__ = ["Call", "Watch", "no_network", "watched"]
+__all__ = ["Call", "Watch", "handle_of", "no_network", "watched"]
 
 METHODS = ("create", "get", "get_many", "find", "delete", "outputs", "do")
 _TOUCHES = frozenset(
@@ -65,7 +65,7 @@ class Watch:
 
     def handles(self) -> list[Any]:
         """Every handle that a call returned."""
-        found = (_handle(call.answer) for call in self.of("create", "find"))
+        found = (handle_of(call.answer) for call in self.of("create", "find"))
         return [handle for handle in found if handle is not None]
 
     async def call(self, op: str, method: Callable[..., Any], argument: Any) -> Any:
@@ -142,7 +142,8 @@ def _watched(name: str, method: Callable[..., Any], watch: Watch) -> Callable[..
     return call
 
 
-def _handle(answer: Any) -> Any:
+def handle_of(answer: Any) -> Any:
+    """What `create` or `find` returned as the handle."""
     return answer.resource_meta if isinstance(answer, CreateResult) else answer  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType] - authors' type arguments
 
 

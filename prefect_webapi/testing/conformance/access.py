@@ -10,7 +10,7 @@ from prefect_webapi.contract.phase import Phase
 from prefect_webapi.contract.plugin import overrides
 from prefect_webapi.contract.secrecy import Mask
 from prefect_webapi.engine.contexts import GetView
-from prefect_webapi.testing.conformance.creating import expect_one_job, handle_of, told_by
+from prefect_webapi.testing.conformance.creating import expect_one_job, told_by
 from prefect_webapi.testing.conformance.ending import ALWAYS
 from prefect_webapi.testing.conformance.trial import (
     READS,
@@ -21,6 +21,7 @@ from prefect_webapi.testing.conformance.trial import (
 )
 from prefect_webapi.testing.engine import Told
 from prefect_webapi.testing.proxy import Reply
+from prefect_webapi.testing.watched import handle_of
 
 HINT_SECONDS = 1.0
 MANY = 10

@@ -92,6 +92,11 @@ class Certificate(BaseModel):
     def text(self) -> str:
         return "\n".join(self._lines())
 
+    def _in_a_word(self) -> str:
+        if self.of(Verdict.FAILS) or self.of(Verdict.NOT_REACHED):
+            return "DOES NOT CONFORM"
+        return "NOT DECIDED" if self.of(Verdict.NOT_RUN) else "CONFORMS"
+
     def _lines(self) -> Iterable[str]:
         subject = self.subject
         package = f", {subject.package} {subject.version}" if subject.package else ""
@@ -111,7 +116,7 @@ class Certificate(BaseModel):
                     yield f"  {'':<22} {each.told}"
         yield ""
         yield (
-            f"{'CONFORMS' if self.conforms else 'DOES NOT CONFORM'}: "
+            f"{self._in_a_word()}: "
             f"{', '.join(f'{len(self.of(v))} {v.value}' for v in Verdict if self.of(v))}; "
             f"{self.seconds:.0f} s on {self.at:%Y-%m-%d %H:%M} UTC, prefect-webapi {self.kit}"
         )

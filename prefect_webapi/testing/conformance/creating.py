@@ -14,11 +14,12 @@ from prefect_webapi.contract.errors import (
 )
 from prefect_webapi.contract.handles import check_handle_type
 from prefect_webapi.contract.phase import Phase
-from prefect_webapi.contract.plugin import AsyncPlugin, CreateResult, handle_type, overrides
+from prefect_webapi.contract.plugin import AsyncPlugin, handle_type, overrides
 from prefect_webapi.contract.secrecy import Mask
 from prefect_webapi.engine.contexts import GetView, TaskView
 from prefect_webapi.testing.conformance.trial import Nonconformity, NotClaimed, Trial
 from prefect_webapi.testing.proxy import Reply
+from prefect_webapi.testing.watched import handle_of
 
 NOWHERE = "http://127.0.0.1:9"
 PROXYS_PAGE = Reply(502, "<html>Bad Gateway</html>", {"Content-Type": "text/html"})
@@ -283,10 +284,6 @@ def expect_one_job(trial: Trial, happened: str) -> None:
                 "nothing by itself: the engine repeats what may be repeated"
             ),
         )
-
-
-def handle_of(made: Any) -> Any:
-    return made.resource_meta if isinstance(made, CreateResult) else made  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType] - authors' type arguments
 
 
 def told_by(info: Any) -> str:

@@ -9,9 +9,8 @@ from typing import Any
 from prefect_webapi.contract.phase import Phase, PhaseInfo
 from prefect_webapi.contract.plugin import AsyncPlugin
 from prefect_webapi.engine.contexts import GetView, StatusView
-from prefect_webapi.testing.conformance.creating import handle_of
 from prefect_webapi.testing.conformance.trial import Nonconformity, NotChecked, Trial
-from prefect_webapi.testing.watched import no_network
+from prefect_webapi.testing.watched import handle_of, no_network
 
 
 async def status_asks_nobody(trial: Trial) -> str:

@@ -29,6 +29,7 @@ from prefect_webapi.engine.contexts import DeleteView, TaskView, task_view
 from prefect_webapi.engine.host import Host, Ticket
 from prefect_webapi.engine.request import Outcome
 from prefect_webapi.metrics import Metrics
+from prefect_webapi.registry.entries import ENTRY_POINT_GROUP
 from prefect_webapi.testing.conformance.certificate import Certificate, Finding, Subject, Verdict
 from prefect_webapi.testing.conformance.service import Fate, Service
 from prefect_webapi.testing.engine import (
@@ -369,7 +370,7 @@ class Trial:
     def subject(self) -> Subject:
         plugin = asyncio.run(self._any_plugin())
         cls = type(plugin).__mro__[1]
-        package, version = _distribution(cls.__module__)
+        package, version = _distribution(self.entry, cls.__module__)
         return Subject(
             plugin=self.entry.id,
             task_types=tuple(self.entry.supported_task_types),
@@ -437,9 +438,13 @@ def _unforeseen(error: Exception) -> str:
     return "the check could not be ended:\n" + "".join(frames[-6:]).rstrip()
 
 
-def _distribution(module: str) -> tuple[str, str]:
-    names = metadata.packages_distributions().get(module.partition(".")[0], [])
-    return (names[0], metadata.version(names[0])) if names else ("", "")
+def _distribution(entry: PluginEntry[Any], module: str) -> tuple[str, str]:
+    """Name and version of the distribution that announces the plugin from the package of this module."""
+    package = module.partition(".")[0]
+    for point in metadata.entry_points(group=ENTRY_POINT_GROUP, name=entry.id):
+        if point.module.partition(".")[0] == package and point.dist is not None:
+            return point.dist.name, point.dist.version
+    return "", ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,9 @@ from prefect_webapi_acme import run_acme_job
 @flow(log_prints=True)
 async def three_jobs() -> None:
     job = run_acme_job.with_options(connection="prod", retries=2)
-    results = await asyncio.gather(*(job(command=f"echo {nth}") for nth in range(3)))
-    print([result.text for result in results])
+    jobs = (job(command=f"echo {nth}") for nth in range(3))  # CHANGE: the fields of AcmeJob
+    for result in await asyncio.gather(*jobs):
+        print(result)
 
 
 if __name__ == "__main__":

@@ -32,9 +32,7 @@ PHASES = {  # CHANGE: every state of the service's API reference
 class AcmePlugin(AsyncPlugin[AcmeHandle, AcmeView]):
     """Exactly once by key: Acme answers a repeated `Idempotency-Key` with the job that has it."""
 
-    guarantee = (
-        "key"  # CHANGE: "search" with a method `find`, or "at-most-once", if there is no key
-    )
+    guarantee = "key"  # CHANGE: or "search" with a method `find`; or "at-most-once"
 
     def __init__(self, connection: Acme) -> None:
         self._connection = connection
