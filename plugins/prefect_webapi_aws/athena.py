@@ -149,6 +149,9 @@ class Query(BaseModel):
         default=None, validation_alias=AliasPath("Status", "AthenaError")
     )
     kind: str = Field(default="", validation_alias="StatementType")
+    scanned_bytes: int = Field(
+        default=0, validation_alias=AliasPath("Statistics", "DataScannedInBytes")
+    )
     location: str | None = Field(
         default=None, validation_alias=AliasPath("ResultConfiguration", "OutputLocation")
     )
@@ -219,7 +222,10 @@ class AthenaPlugin(AsyncPlugin[QueryHandle, Query]):
     def status(self, ctx: StatusContext[QueryHandle, Query]) -> PhaseInfo:
         query, name = ctx.resource, ctx.resource_meta.id
         page = self._connection.console(f"athena#/query-editor/history/{name}")
-        info = TaskInfo(logs=(TaskLog(name=f"Query {name}", uri=page),))
+        info = TaskInfo(
+            logs=(TaskLog(name=f"Query {name}", uri=page),),
+            custom_info={"DataScannedInBytes": query.scanned_bytes} if query.scanned_bytes else {},
+        )
         match query.state:
             case "QUEUED":
                 return PhaseInfo.queued(query.reason, info=info)

@@ -146,7 +146,12 @@ class BigQueryPlugin(AsyncPlugin[JobHandle, JobView]):
 
     def status(self, ctx: StatusContext[JobHandle, JobView]) -> PhaseInfo:
         job, told = ctx.resource, ctx.resource.status
-        info = TaskInfo(logs=_links(job.handle), occurred_at=job.changed_at)
+        read = job.statistics.total_bytes_processed
+        info = TaskInfo(
+            logs=_links(job.handle),
+            occurred_at=job.changed_at,
+            custom_info={"totalBytesProcessed": read} if read else {},
+        )
         if told.state == "DONE" and (error := told.error_result) is not None:
             end = ENDS.get(error.reason, partial(PhaseInfo.system_failure, error.reason))
             return end(error.message, info=info)

@@ -95,6 +95,8 @@ def _facts(story: Story) -> str:
 
 
 def _phases(steps: Sequence[Step]) -> str:
+    if not steps:
+        return ""
     ends = [*(step.at for step in steps[1:]), None]
     rows = [
         (step.name, _when(step.at), _took(step.at, end), _short(step.reason))
