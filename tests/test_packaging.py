@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prefect.client.orchestration import get_client
+
+from tests.support.operator import Operator, ended, stop
+from tests.support.prefect import PrefectServer, pointed_at
 
 ROOT = Path(__file__).parents[1]
 ACME = """
@@ -106,6 +111,32 @@ def test_plugins_of_a_wheel_are_found_and_their_blocks_register(
     assert seen["found"] == seen["announced"]
     assert {"acme", "job-server"} <= set(seen["found"])
     assert {"acme", "job-server"} <= set(seen["blocks"])
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(600)
+def test_a_flow_of_the_wheel_is_deployed_and_run_without_the_repository(
+    installed: Path, own_prefect_server: PrefectServer, tmp_path: Path
+) -> None:
+    """The `prefect.yaml` that flows/README.md shows, in an empty folder."""
+    (shown,) = re.findall(
+        r"^```yaml\n(.*?)^```", (ROOT / "flows/README.md").read_text(), re.DOTALL | re.MULTILINE
+    )
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    (folder / "prefect.yaml").write_text(shown)
+    ledger = f"sqlite+aiosqlite:///{tmp_path / 'webapi.db'}"
+    env = own_prefect_server.environment(PREFECT_INTEGRATIONS_WEBAPI_LEDGER_URL=ledger)
+    operator = Operator(installed, folder, env)
+    operator.prefect("work-pool", "create", "webapi", "--type", "process")
+    operator.prefect("deploy", "--all", "--no-prompt")
+    worker = operator.worker("webapi")
+    try:
+        run = operator.run("webapi-sweep/sweep", dry_run=True)
+        with pointed_at(own_prefect_server), get_client(sync_client=True) as client:
+            assert ended(client, run, folder / "worker.log") == "Completed"
+    finally:
+        stop(worker)
 
 
 @pytest.mark.chaos
