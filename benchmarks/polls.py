@@ -6,7 +6,7 @@ below what a block may say. Each case runs for some seconds in a process of its 
 - bare httpx: one client, kept; the answer is parsed and validated as the plugin does it.
 - bare RemoteClient: the same through our client, which the plugin uses: the engine's share is what is beyond it.
 - fresh client per poll: as connectors do that make a client for each request.
-- whole stack: ledger, gate, poller, plugin, judge; jobs read alone, or fifty at a time.
+- whole stack: ledger, gate, poller, plugin, judge; jobs read alone, or fifty at a time, two such reads at once.
 - over aiohttp: the same over the transport of the extra `fast`.
 
 Against `prefect-databricks` (its own flow that waits for a run, several of them gathered in one flow, its pause set to
@@ -53,6 +53,7 @@ from benchmarks.service import Service
 from prefect_webapi import JobSpec, PluginEntry, RemoteClient
 from prefect_webapi.engine.host import Host
 from prefect_webapi.engine.runtime import Runtime
+from prefect_webapi.http import KEEPALIVE_SECONDS
 from prefect_webapi_databricks import Databricks, DatabricksRun, SubmitRun
 from prefect_webapi_databricks.plugin import DatabricksPlugin
 from prefect_webapi_jobserver import JobServer, ReportJob
@@ -61,7 +62,7 @@ from prefect_webapi_jobserver.plugin import JobServerPlugin
 from tests.servers.databricks import API, TOKEN
 from tests.support.engine import engine, request
 
-AT_ONCE = 10
+AT_ONCE, BATCHES_AT_ONCE = 10, 2
 JOBS, DATABRICKS_RUNS = 500, 24
 SECONDS, QUICK_SECONDS = 8.0, 1.5
 WAITING_FLOWS = 4
@@ -146,7 +147,9 @@ def stack(url: str, seconds: float, kind: str) -> Figures:
         plugin_loader=lambda setup: Alone(setup.connection),
     )
     block = JobServer(
-        base_url=HttpUrl(url), token=SecretStr("bench"), engine=unlimited(workers=AT_ONCE)
+        base_url=HttpUrl(url),
+        token=SecretStr("bench"),
+        engine=unlimited(workers=BATCHES_AT_ONCE if kind == "batch" else AT_ONCE),
     )
     specs = [ReportJob(day=day, seconds=1e6) for day in range(JOBS)]
     return _watched(entry, block, specs, seconds, lambda: _told(f"{url}/control/stats")["read"])
@@ -217,6 +220,7 @@ def _make(host: Host, specs: Sequence[JobSpec[Any]], read: Callable[[], float]) 
     first = read()
     while read() < first + len(specs):  # as they were planned before
         time.sleep(0.01)
+    time.sleep(KEEPALIVE_SECONDS + 1)  # the connections that only the creates needed are closed
 
 
 async def _hurry(runtime: Runtime) -> None:
