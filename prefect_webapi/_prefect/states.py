@@ -14,7 +14,7 @@ from prefect.client.schemas.objects import State, StateType
 from prefect.states import Cancelled, Completed, Crashed, Failed
 
 from prefect_webapi.contract.errors import JobFailed
-from prefect_webapi.contract.phase import ErrorKind, Phase, PhaseInfo
+from prefect_webapi.contract.phase import ErrorKind, ExternalResource, Phase, PhaseInfo
 from prefect_webapi.engine.request import Outcome
 
 __all__ = [
@@ -83,10 +83,16 @@ def cancelling(reason: str) -> Shown:
 def _told(info: PhaseInfo) -> str:
     further = (more.reason for more in info.info.additional_reasons)
     parts = sorted(info.info.external_resources, key=lambda part: part.index)
-    told = [f"{part.external_id}: {part.phase.name}" for part in parts[:MOST_PARTS]]
+    told = [_part(part) for part in parts[:MOST_PARTS]]
     if len(parts) > MOST_PARTS:
         told.append(f"and {len(parts) - MOST_PARTS} more")
     return "; ".join(text for text in (info.reason, *further, *told) if text)
+
+
+def _part(part: ExternalResource) -> str:
+    """Its id, and its phase where the service reports one."""
+    is_told = part.phase is not Phase.UNDEFINED
+    return f"{part.external_id}: {part.phase.name}" if is_told else part.external_id
 
 
 # --- the end ---------------------------------------------------------------------------------------------

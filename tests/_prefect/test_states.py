@@ -71,6 +71,16 @@ def test_parts_of_a_job_are_listed_by_their_index() -> None:
     assert shown.message == "busy; slow; part-0: RUNNING; part-1: RUNNING; part-2: RUNNING"
 
 
+def test_a_part_without_a_phase_of_its_own_is_named_alone() -> None:
+    """An id that people can look up, and no riddle behind it."""
+    info = PhaseInfo.running(
+        "busy", info=TaskInfo(external_resources=(ExternalResource(external_id="K-17"),))
+    )
+    shown = states.shown(info, waiting_for_quota=False)
+    assert shown is not None
+    assert shown.message == "busy; K-17"
+
+
 def test_of_very_many_parts_only_some_are_named() -> None:
     parts = tuple(ExternalResource(external_id=f"p{n}", index=n) for n in range(1_000))
     info = PhaseInfo.running(info=TaskInfo(external_resources=parts))
