@@ -36,8 +36,10 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="session")
-def ui_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrefectServer]:
-    """A server with its UI; this process's Prefect uses it."""
+def ui_server(
+    browser: Browser, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[PrefectServer]:
+    """A server with its UI; this process's Prefect uses it. It is started if there is a browser to look at it."""
     server = PrefectServer(tmp_path_factory.mktemp("prefect"), free_port())
     server.start(PREFECT_SERVER_UI_ENABLED="true")
     with pointed_at(server):
