@@ -94,6 +94,7 @@ def test_a_job_tells_its_phases_and_its_end_with_the_runs_that_own_it(
 
 
 @prefect_leaks
+@pytest.mark.chaos
 async def test_of_many_jobs_only_failures_are_told(
     engine_here: Path, job_server: EmbeddedJobServer
 ) -> None:
