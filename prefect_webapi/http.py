@@ -15,12 +15,14 @@ import re
 import socket
 import ssl
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Generator, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from http import HTTPStatus
+from http.cookiejar import CookieJar
 from typing import Any, Literal, TypeVar, cast
 from urllib.parse import quote, urlencode, urlsplit
 
@@ -70,6 +72,8 @@ MESSAGE_CHARACTERS = 800
 CONNECT_SECONDS = 10.0
 """Shorter than the engine's own time-outs: a connect that hangs is then known to have sent nothing."""
 POOL_SECONDS = 20.0
+AT_ONCE = 8
+"""Requests at once in one pool of connections."""
 KEEPALIVE_SECONDS = 4.0
 """Below the 5 s after which many servers close: a request on a connection just closed has an unknown outcome."""
 
@@ -207,13 +211,15 @@ class RemoteClient:
         self._timeout = httpx.Timeout(
             longest, connect=min(longest, CONNECT_SECONDS), pool=min(longest, POOL_SECONDS)
         )
+        most = max_connections if max_connections < 2 * AT_ONCE else AT_ONCE
         self._limits = httpx.Limits(
-            max_connections=max_connections,
-            max_keepalive_connections=max_connections,
+            max_connections=most,
+            max_keepalive_connections=most,
             keepalive_expiry=KEEPALIVE_SECONDS,
         )
         self._transport = transport
-        self._client: httpx.AsyncClient | None = None
+        self._cookies = CookieJar()
+        self._clients = _Clients(self._make, 1 if transport else max_connections // AT_ONCE)
         self._is_closed = False
 
     def __repr__(self) -> str:
@@ -314,13 +320,14 @@ class RemoteClient:
         began, came = time.monotonic(), "no answer"
         try:
             with request_span(method, url.scheme, url.host) as span:
-                async with self._opened().stream(
-                    method, url, content=content or None, headers=sent
-                ) as response:
-                    came = str(response.status_code)
-                    if span is not None:
-                        span.set_attribute("http.response.status_code", response.status_code)
-                    body = await self._body(response, mask)
+                with self._opened() as client:
+                    async with client.stream(
+                        method, url, content=content or None, headers=sent
+                    ) as response:
+                        came = str(response.status_code)
+                        if span is not None:
+                            span.set_attribute("http.response.status_code", response.status_code)
+                        body = await self._body(response, mask)
                 return Answer(response.status_code, dict(response.headers.items()), body, mask)
         except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, OSError) as error:
             found = classify(error)
@@ -335,9 +342,7 @@ class RemoteClient:
 
     async def aclose(self) -> None:
         self._is_closed = True
-        client, self._client = self._client, None
-        if client is not None:
-            await client.aclose()
+        await self._clients.aclose()
 
     async def _data(self, method: Method, path: str, **arguments: Any) -> Any:
         answer = await self.request(method, path, **arguments)
@@ -381,20 +386,57 @@ class RemoteClient:
             )
         return bytes(body[:limit])
 
-    def _opened(self) -> httpx.AsyncClient:
+    def _opened(self) -> AbstractContextManager[httpx.AsyncClient]:
         """Made at the first use, on the loop that uses it."""
         if self._is_closed:
             raise RemoteSystemError("the client is closed", code="Closed", job_may_exist=False)
-        if self._client is None:
-            secure = self._base_url.startswith("https:")
-            self._client = httpx.AsyncClient(
-                verify=_trusted() if secure else False,
-                timeout=self._timeout,
-                limits=self._limits,
-                transport=self._transport,
-                follow_redirects=False,
-            )
-        return self._client
+        return self._clients.one()
+
+    def _make(self) -> httpx.AsyncClient:
+        secure = self._base_url.startswith("https:")
+        return httpx.AsyncClient(
+            verify=_trusted() if secure else False,
+            timeout=self._timeout,
+            limits=self._limits,
+            transport=self._transport,
+            cookies=self._cookies,
+            follow_redirects=False,
+        )
+
+
+class _Clients:
+    """httpx clients that share the requests to one service; another is made when those there are busy.
+
+    A pool of httpx looks through all of its connections at each request and at each answer: a hundred in one pool
+    take ten times the CPU of a hundred in small ones (`benchmarks.transport`).
+
+    Args:
+        most: that many of them; 0 counts as 1.
+    """
+
+    def __init__(self, make: Callable[[], httpx.AsyncClient], most: int) -> None:
+        self._make = make
+        self._most = max(1, most)
+        self._busy: dict[httpx.AsyncClient, int] = {}
+
+    @contextmanager
+    def one(self) -> Generator[httpx.AsyncClient]:
+        """One for a request, the first that is not busy."""
+        client = next((each for each, at_once in self._busy.items() if at_once < AT_ONCE), None)
+        if client is None and len(self._busy) < self._most:
+            client = self._make()
+            self._busy[client] = 0
+        elif client is None:
+            client = min(self._busy, key=self._busy.__getitem__)
+        self._busy[client] += 1
+        try:
+            yield client
+        finally:
+            self._busy[client] -= 1
+
+    async def aclose(self) -> None:
+        for client in list(self._busy):
+            await client.aclose()
 
 
 def error_of_status(answer: Answer, method: str) -> RemoteError | None:
