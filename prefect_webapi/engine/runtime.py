@@ -78,7 +78,8 @@ OBSERVATIONS = 1_000
 HOUSEKEEPING_SECONDS = 1.0
 FOLLOW_SECONDS = 0.5
 CLOSING_SECONDS = 5.0
-"""How long a closing runtime waits for deletes that are a duty already, and for creates that were sent."""
+"""How long a closing runtime waits for deletes that are a duty already, for creates that were sent, and for records of
+jobs that were just delivered to be closed."""
 
 
 COUNTED_AT_ONCE = 5_000
@@ -104,6 +105,7 @@ class Runtime:
         self._mail = asyncio.Event()
         self._stop = asyncio.Event()
         self._closing = False
+        self._settling = 0
         self._tasks: anyio.abc.TaskGroup
         self._channels: Channels
         self._observer: Observer
@@ -161,7 +163,7 @@ class Runtime:
             if job.ending is None:
                 job.leave()
         with anyio.move_on_after(CLOSING_SECONDS):
-            while any(  # noqa: ASYNC110 - bounded by the scope, and only at the very end
+            while self._settling or any(  # noqa: ASYNC110 - bounded by the scope, only at the very end
                 job.is_creating or (job.ending and not job.delete_taken)
                 for job in self._jobs.values()
             ):
@@ -715,9 +717,13 @@ class Runtime:
     async def _settle(self, job: Job) -> None:
         """Give the slot back and close the record."""
         self._let_go(job)
-        fault_point("KP-18")
-        await persist(self._services, job, Event.SETTLED)
-        fault_point("KP-20")
+        self._settling += 1
+        try:
+            fault_point("KP-18")
+            await persist(self._services, job, Event.SETTLED)
+            fault_point("KP-20")
+        finally:
+            self._settling -= 1
 
     def _let_go(self, job: Job) -> None:
         """Forget a job in memory; its place is given back only if it is over. The ledger keeps the rest."""
