@@ -257,7 +257,9 @@ class Job:
         if self.is_swept:
             self.is_swept, self.orphaned, self.closes = False, None, True
             self.request = call.request
-            self._view = None
+            seen, self._view = self._view, None
+            if seen is not None:  # it may have ended already, with a result that is about to be kept
+                self.view.output_writer.put(seen.output_writer.value)
 
     @property
     def is_awaited(self) -> bool:

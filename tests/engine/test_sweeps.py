@@ -13,7 +13,7 @@ import pytest
 from prefect_webapi import Phase, PluginEntry
 from prefect_webapi.contract.keys import JobKey
 from prefect_webapi.engine.faults import arm
-from prefect_webapi.engine.job import Ending
+from prefect_webapi.engine.job import Call, Ending
 from prefect_webapi.engine.reaper import Action, SweepReport, sweep
 from prefect_webapi.engine.request import Fate, Overrides, RunState
 from prefect_webapi.engine.runtime import Runtime
@@ -352,6 +352,38 @@ async def test_a_run_that_comes_back_to_an_orphan_gets_a_job_of_its_own(
 
 
 # --- what lives is not forgotten ----------------------------------------------------------------
+
+
+async def test_a_call_that_comes_while_the_end_of_a_swept_job_is_kept_gets_its_result(
+    job_server: EmbeddedJobServer, tmp_path: Path
+) -> None:
+    """`status` has put the result, the call brings a view of its own: nothing is lost in between."""
+    spec = ReportJob(seconds=0.1, result="kept")
+    killed_at("KP-10", tmp_path, job_server, specs=(spec,), config={})
+    [record] = await records(tmp_path)
+    with at(tmp_path, job_server, sweeps=False) as host:
+
+        def come(place: str) -> None:
+            if place == "KP-14":
+                arm(None)
+                call = Call(request(spec, task_type="keys", execution="execution-2"))
+                runtimes[0]._attach(call, runtimes[0]._jobs[record.key])
+                calls.append(call)
+
+        async def adopt(runtime: Runtime) -> None:
+            runtimes.append(runtime)
+            loaded = await runtime.services.plugins.get("keys", None, "default")
+            await runtime.adopt(record, loaded)
+
+        runtimes: list[Runtime] = []
+        calls: list[Call] = []
+        arm(come)
+        try:
+            await asyncio.wrap_future(host.perform(adopt))
+            await eventually(lambda: calls and not calls[0].is_waiting, within=10)
+        finally:
+            arm(None)
+    assert calls[0].result().value.data == "kept"
 
 
 async def test_a_refusal_of_a_create_that_is_sent_again_proves_nothing(
