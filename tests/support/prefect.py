@@ -21,6 +21,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +37,7 @@ TestT = TypeVar("TestT", bound=Callable[..., Any])
 
 READY_SECONDS = 100
 STOP_SECONDS = 20
+DRAIN_SECONDS = 5.0
 
 _GUARD = """
 "$@" & server=$!
@@ -218,8 +220,21 @@ def pointed_at(server: PrefectServer, **more: str) -> Generator[None]:
         for key, value in (_client_settings(server) | more).items():
             patch.setenv(key, value)
         refresh_global_settings_context()
-        yield
-    refresh_global_settings_context()
+        _end_events_worker()
+        try:
+            yield
+        finally:
+            _end_events_worker()
+            patch.undo()
+            refresh_global_settings_context()
+
+
+def _end_events_worker() -> None:
+    """Prefect's own, one per process: it would go on sending to the server that it knows."""
+    from prefect.events.worker import EventsWorker
+
+    with ThreadPoolExecutor(1) as thread:  # on a thread with a loop it can't be waited for
+        thread.submit(EventsWorker.drain_all, DRAIN_SECONDS).result()
 
 
 def save_block(block: Block, name: str) -> None:
