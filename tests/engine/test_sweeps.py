@@ -367,7 +367,9 @@ async def test_a_call_that_comes_while_the_end_of_a_swept_job_is_kept_gets_its_r
             if place == "KP-14":
                 arm(None)
                 call = Call(request(spec, task_type="keys", execution="execution-2"))
-                runtimes[0]._attach(call, runtimes[0]._jobs[record.key])
+                engine = runtimes[0]
+                job = engine._jobs[record.key]  # pyright: ignore[reportPrivateUsage] - at this very moment
+                engine._attach(call, job)  # pyright: ignore[reportPrivateUsage]
                 calls.append(call)
 
         async def adopt(runtime: Runtime) -> None:
