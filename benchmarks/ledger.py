@@ -5,8 +5,8 @@ grant of its place. `at once` jobs are on their way together, each waits for eve
 The baseline commits each write by itself, over the same store and statements.
 
 Commits are counted where SQLAlchemy makes them. On SQLite with WAL and `synchronous=FULL` each is one fsync, and each
-checkpoint (about every 1,000 pages) two more; Postgres counts its own (`pg_stat_wal.wal_sync`). What the whole engine
-writes per job is counted as well, over a service in memory.
+checkpoint (about every 1,000 pages) two more; on Postgres at most one each. What the whole engine writes per job is
+counted as well, over a service in memory.
 
 Run: `uv run python -m benchmarks.ledger [--quick] [--json] [--repetitions N]`
 """
