@@ -360,7 +360,7 @@ def _not_vital() -> Generator[None]:
 
 def _interrupted(call: Call[Any] | None, interrupt: BaseException, began: float) -> Cause:
     """Tell the engine what shall become of the job."""
-    cause = cause_of(interrupt, heard=service.signal_since(began))
+    cause = cause_of(interrupt, heard=service.signal_since(began), told=service.reason_told_to)
     if call is None:
         return cause
     if call.job.on_exit == "leave" and not cause.is_task_timeout:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from uuid import UUID
 
 import anyio
 from prefect._internal.control_listener import get_intent
@@ -69,12 +71,17 @@ def reason_of(heard: signal.Signals) -> str:
 
 
 def cause_of(
-    interrupt: BaseException, *, heard: signal.Signals | None = None, now: datetime | None = None
+    interrupt: BaseException,
+    *,
+    heard: signal.Signals | None = None,
+    told: Callable[[UUID], str | None] = lambda _: None,
+    now: datetime | None = None,
 ) -> Cause:
     """Why `interrupt` broke into the body that runs in this context.
 
     Args:
         heard: a signal that this process got while the body was waiting.
+        told: why the jobs of a flow run were told to end, if they were: one that ended makes asyncio cancel the others.
     """
     intent = control_intent()
     if intent in LEAVING_INTENTS:
@@ -97,7 +104,11 @@ def cause_of(
         heard = heard or signal.SIGTERM
     if isinstance(interrupt, KeyboardInterrupt):
         heard = heard or signal.SIGINT
-    return Cause(reason_of(heard) if heard else "the task was cancelled")
+    if heard:
+        return Cause(reason_of(heard))
+    flow = FlowRunContext.get()
+    reason = told(flow.flow_run.id) if flow and flow.flow_run else None
+    return Cause(reason or "the task was cancelled")
 
 
 def _has_passed(start: datetime, seconds: float | None, now: datetime) -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+from uuid import UUID
 
 from prefect.context import FlowRunContext
 
@@ -23,7 +24,17 @@ from prefect_webapi.contract.config import EngineSettings
 if TYPE_CHECKING:  # the engine itself is loaded by the first job
     from prefect_webapi.engine.host import HostApi
 
-__all__ = ["Engine", "close", "instead", "listen", "signal_since", "start", "started", "tell_reach"]
+__all__ = [
+    "Engine",
+    "close",
+    "instead",
+    "listen",
+    "reason_told_to",
+    "signal_since",
+    "start",
+    "started",
+    "tell_reach",
+]
 
 
 logger = logging.getLogger(__name__)
@@ -97,6 +108,11 @@ def listen() -> None:
 def signal_since(at: float) -> signal.Signals | None:
     """The last signal that this process heard, if it came after this monotonic time."""
     return _here().watch.signal_since(at)
+
+
+def reason_told_to(flow_run: UUID) -> str | None:
+    """Why the jobs of this flow run were told to end; None: they were not."""
+    return _here().watch.reason_told_to(flow_run)
 
 
 def close() -> None:

@@ -112,6 +112,7 @@ class Watch:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stirred: asyncio.Event | None = None
         self._told = False
+        self._reasons: dict[str, str] = {}  # by flow run, whose jobs were told to end
         self._missing: dict[str, float] = {}  # flow run to when it was first missing, monotonic
 
     def add(
@@ -172,6 +173,10 @@ class Watch:
         self._last = time.monotonic(), self._signal
         self._stir()
 
+    def reason_told_to(self, flow_run: UUID) -> str | None:
+        """Why the jobs of this flow run were told to end; None: they were not."""
+        return self._reasons.get(str(flow_run))
+
     def signal_since(self, at: float) -> signal.Signals | None:
         """The last signal, if it came after this monotonic time."""
         return self._last[1] if self._last is not None and self._last[0] >= at else None
@@ -226,6 +231,9 @@ class Watch:
             each.tell(reason)
 
     def _cancel_run(self, watched: Iterable[_Watched], run: str, reason: str) -> None:
+        self._reasons[run] = (
+            reason  # before any of them ends: one end makes asyncio cancel the others
+        )
         self._cancel([each for each in watched if run in each.flow_runs], reason)
 
     async def _ask(self, watched: list[_Watched], api: Api, deleted_after: float) -> None:

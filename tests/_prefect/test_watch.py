@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from types import FrameType
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import pytest
 from prefect import flow, task
@@ -151,11 +151,14 @@ def test_a_flows_timeout_is_named_outside_its_scope_too(prefect_api: PrefectServ
     @flow(timeout_seconds=30)
     async def around() -> list[str]:
         async def beside() -> list[str]:
-            return [cause_of(asyncio.CancelledError(), now=at).reason for at in (None, later)]
+            told = cause_of(asyncio.CancelledError(), told=lambda _: "the flow run was cancelled")
+            causes = [cause_of(asyncio.CancelledError(), now=at) for at in (None, later)]
+            return [cause.reason for cause in (told, *causes)]
 
         return await asyncio.ensure_future(beside())
 
     assert asyncio.run(around()) == [
+        "the flow run was cancelled",
         "the task was cancelled",
         "the flow's timeout_seconds=30 passed",
     ]
@@ -222,6 +225,8 @@ async def test_jobs_of_a_flow_run_that_was_deleted_end_although_its_process_live
         runner.cancel()
         await asyncio.gather(runner, return_exceptions=True)
     assert call.told == ["the flow run was deleted"]
+    assert watch.reason_told_to(UUID(int=0x11111111111111111111111111111111)) == call.told[0]
+    assert watch.reason_told_to(uuid4()) is None
 
 
 def _unheard(number: int, frame: FrameType | None) -> None:
