@@ -417,7 +417,7 @@ def take(row: Row, way: Way) -> None:
     child = way.start()
     eventually_blocking(lambda: way.stages() == STAGES, within=120, every=0.1)
     way.end(child)
-    if "time-out" in row.way:
+    if "time-out" in row.way or row.way == "cancel":  # the process hears of it within a second
         eventually_blocking(lambda: "running" in way.reasons(), within=60, every=0.2)
     if not row.wanted or row.way == "return":
         way.service.clear_faults()  # only now can the one be deleted that was to be
