@@ -308,7 +308,7 @@ async def test_many_cancelled_jobs_obey_the_write_limiter(
     for first in range(0, jobs, 10):
         for last in range(first + burst, jobs, 10):
             allowed = burst + qps * (deletes[last] - deletes[first])
-            assert last - first + 1 <= allowed * 1.1 + 1  # they are timed where they arrive
+            assert last - first + 1 <= allowed * 1.2 + 2  # they are timed where they arrive
 
 
 @pytest.mark.parametrize("cause", ["user", "flow", "deadline", "contact"])
