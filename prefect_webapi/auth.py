@@ -12,15 +12,23 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib import import_module
+from typing import Any
 from urllib.parse import urlsplit
 
 import stamina
 from pydantic import BaseModel, ConfigDict, SecretStr, ValidationError
 
-from prefect_webapi.contract.errors import AuthError, RemoteError, RemoteSystemError, Throttled
+from prefect_webapi.contract.errors import (
+    AuthError,
+    ConfigurationError,
+    RemoteError,
+    RemoteSystemError,
+    Throttled,
+)
 from prefect_webapi.http import Outgoing, RemoteClient
 
-__all__ = ["ClientCredentials", "Token", "TokenAuth", "basic"]
+__all__ = ["ClientCredentials", "Token", "TokenAuth", "basic", "library"]
 
 TRIES = 3
 MARGIN = timedelta(minutes=1)
@@ -155,3 +163,18 @@ def basic(user: str, password: SecretStr) -> SecretStr:
     """The value of an `Authorization` header. Source: RFC 7617."""
     pair = f"{user}:{password.get_secret_value()}"
     return SecretStr(f"Basic {base64.b64encode(pair.encode()).decode()}")
+
+
+def library(name: str, *, install: str) -> Any:
+    """A module of a vendor's library, imported when it is first used; untyped, as many of them are.
+
+    Args:
+        install: what brings it, such as ``prefect-webapi[gcp]``.
+
+    Raises:
+        ConfigurationError: it is not installed.
+    """
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise ConfigurationError(f'{name} is missing: pip install "{install}"') from error

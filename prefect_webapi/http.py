@@ -146,6 +146,19 @@ class Answer:
             code="UnreadableAnswer",
         )
 
+    def at(self, *steps: str | int) -> Any:
+        """What stands in the JSON at these keys and indexes, such as ``"errors", 0, "code"``; all of it without any.
+
+        None: nothing is there, or the body is no JSON. For a judge, which must not fail.
+        """
+        try:
+            found = self.json()
+            for step in steps:
+                found = found[step]
+        except (RemoteSystemError, LookupError, TypeError):
+            return None
+        return found
+
 
 @dataclass(frozen=True, slots=True)
 class Outgoing:
@@ -439,10 +452,16 @@ class _Clients:
             await client.aclose()
 
 
-def error_of_status(answer: Answer, method: str) -> RemoteError | None:
+def error_of_status(
+    answer: Answer, method: str, *, is_the_services: bool = True
+) -> RemoteError | None:
     """What an HTTP status means by default; None: it is a success.
 
     A plugin whose service gives a status another meaning looks at the `Answer` itself.
+
+    Args:
+        is_the_services: False where the answer has not the form of the service's errors: a proxy or another server
+            gave it, whose 404 tells nothing of a job.
 
     Source: SPEC 2.5.
     """
@@ -457,6 +476,8 @@ def error_of_status(answer: Answer, method: str) -> RemoteError | None:
             return AuthError(told, code="Unauthorized")
         case 403:
             return AuthError(told, code="Forbidden")
+        case 404 | 410 if not is_the_services:
+            return RemoteSystemError(told, code=code, job_may_exist=False)
         case 404 | 410:
             return NotFound(told, code="NotFound")
         case 408:

@@ -178,6 +178,27 @@ async def test_a_token_source_that_fails_proves_that_nothing_was_sent(
 # --- what comes back -------------------------------------------------------------------------
 
 
+def test_a_judge_finds_what_is_there_and_fails_at_nothing() -> None:
+    """CASE-254: an answer may hold anything where a code is looked for."""
+    answer = Answer(400, {}, b'{"errors": [{"code": 7}], "text": "t"}')
+    assert answer.at("errors", 0, "code") == 7
+    assert answer.at() == {"errors": [{"code": 7}], "text": "t"}
+    for steps in [("none",), ("errors", 1), ("errors", "code"), ("text", "code"), ("errors", 0, 0)]:
+        assert answer.at(*steps) is None
+    for body in (b"<html>", b"", b"\xe4", b'{"errors": [', b"[" * 100_000):
+        assert Answer(502, {}, body).at("errors") is None
+
+
+@pytest.mark.parametrize("status", [404, 410])
+def test_a_404_of_another_server_tells_nothing_of_a_job(status: int) -> None:
+    """REQ-58: a proxy's page is no job that vanished."""
+    page = Answer(status, {}, b"<html>Not Found</html>")
+    assert isinstance(error_of_status(page, "GET"), NotFound)
+    error = error_of_status(page, "GET", is_the_services=False)
+    assert type(error) is RemoteSystemError
+    assert (error.code, error.job_may_exist) == (f"HTTP{status}", False)
+
+
 @pytest.mark.parametrize(
     ("garbage", "shown"),
     [

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import re
 import time
 from collections.abc import Mapping
 from datetime import timedelta
-from importlib import import_module
 from typing import Any, cast
 
 from pydantic import SecretStr
@@ -18,7 +16,6 @@ from prefect_webapi import (
     Answer,
     AuthError,
     ConfigurationError,
-    NotFound,
     Outgoing,
     RemoteClient,
     RemoteError,
@@ -27,6 +24,7 @@ from prefect_webapi import (
     Throttled,
     error_of_status,
 )
+from prefect_webapi.auth import library
 from prefect_webapi_aws.blocks import AwsConnection
 
 THROTTLES = frozenset(
@@ -175,13 +173,7 @@ class Signer:
 
 
 def _botocore(module: str) -> Any:
-    """By name: it has no types, and is imported when it is used."""
-    try:
-        return import_module(f"botocore.{module}")
-    except ImportError as error:
-        raise ConfigurationError(
-            'AWS requests are signed by botocore: pip install "prefect-webapi[aws]"'
-        ) from error
+    return library(f"botocore.{module}", install="prefect-webapi[aws]")
 
 
 def error_of(answer: Answer) -> RemoteError | None:
@@ -193,11 +185,7 @@ def error_of(answer: Answer) -> RemoteError | None:
         return None
     code, message = _told(answer)
     if not code:
-        error = error_of_status(answer, "GET")
-        if not isinstance(error, NotFound):
-            return error
-        # No AWS service answered, whose 404s have codes: nothing is known of the job.
-        return RemoteSystemError(error.message, code=f"HTTP{answer.status}", job_may_exist=False)
+        return error_of_status(answer, "GET", is_the_services=False)
     message = answer.mask(message)[:MESSAGE_CHARACTERS]
     if code in THROTTLES:
         return Throttled(message, code=code)
@@ -210,10 +198,7 @@ def error_of(answer: Answer) -> RemoteError | None:
 
 def _told(answer: Answer) -> tuple[str, str]:
     """Code and message. The code may have a namespace before it and an address after it."""
-    try:
-        data: Any = json.loads(answer.text)
-    except ValueError:
-        data = None
+    data = answer.at()
     if isinstance(data, dict):
         fields = cast(dict[str, Any], data)
         kind = fields.get("__type") or answer.headers.get("x-amzn-errortype") or ""

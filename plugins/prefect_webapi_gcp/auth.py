@@ -3,15 +3,16 @@
 import asyncio
 import json
 from datetime import UTC, datetime
-from importlib import import_module
-from typing import Any
+from functools import partial
 
 from pydantic import SecretStr
 
 from prefect_webapi import AuthError, ConfigurationError, RemoteSystemError
-from prefect_webapi.auth import Token
+from prefect_webapi.auth import Token, library
 
 __all__ = ["GoogleToken"]
+
+_library = partial(library, install="prefect-webapi[gcp]")
 
 SCOPES = ("https://www.googleapis.com/auth/cloud-platform",)
 """As Google's own client asks for: what the account may do is for IAM to say."""
@@ -46,12 +47,3 @@ class GoogleToken:
         expires = credentials.expiry  # naive, UTC
         lives = None if expires is None else expires.replace(tzinfo=UTC) - datetime.now(UTC)
         return Token(SecretStr(credentials.token), lives)
-
-
-def _library(name: str) -> Any:
-    try:
-        return import_module(name)
-    except ImportError:
-        raise ConfigurationError(
-            'BigQuery needs google-auth: pip install "prefect-webapi[gcp]"'
-        ) from None

@@ -1,18 +1,20 @@
-"""What crosses the border: the spec that users write, the handle, Google's view of a job."""
+"""What crosses the border: the spec that users write, what the task returns, the handle."""
+
+from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from datetime import UTC, date, datetime, timedelta
+from collections.abc import Mapping
+from datetime import date, datetime
 from decimal import Decimal
 from typing import Any, Literal, Self, cast
+from urllib.parse import quote
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
-from pydantic.alias_generators import to_camel
 
-from prefect_webapi import JobSpec
+from prefect_webapi import JobSpec, TaskExecutionMetadata, path
+from prefect_webapi_gcp.labels import labels_of
 
 _TABLE = r"^([^.\s`]+\.)?\w+\.[^.\s`]+$"
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _TYPES = {  # of query parameters; a datetime is a date, and a bool an int, so the order counts
     bool: "BOOL",
     int: "INT64",
@@ -95,6 +97,15 @@ class BigQueryJob(JobSpec[BigQueryResult]):
             )
         return self
 
+    def as_request(self, wanted: JobHandle, job: TaskExecutionMetadata) -> dict[str, Any]:
+        """The REST API's `Job`: its id, its location, and whose it is."""
+        at = {"projectId": wanted.project, "location": wanted.location, "jobId": wanted.job_id}
+        ours = {**self.labels, **job.labels, "fingerprint": job.fingerprint[:32]}
+        return {
+            "jobReference": at,
+            "configuration": self.as_configuration(wanted.project, labels_of(ours)),
+        }
+
     def as_configuration(self, project: str, labels: Mapping[str, str]) -> dict[str, Any]:
         """The REST API's `JobConfiguration`."""
         whole: dict[str, Any] = {**self.configuration, "labels": dict(labels)}
@@ -154,6 +165,11 @@ def _reference(project: str, table: str | None) -> dict[str, str] | None:
     return {"projectId": owner[0] if owner else project, "datasetId": dataset, "tableId": name}
 
 
+def jobs_in(project: str, *job: str, kind: str = "jobs") -> str:
+    """The path of a project's jobs, or of one of them."""
+    return "/bigquery/v2" + path("projects", project, kind, *job)
+
+
 class JobHandle(BaseModel):
     """`created_ms`: where a list of jobs must begin, in ms since 1970."""
 
@@ -164,92 +180,18 @@ class JobHandle(BaseModel):
     job_id: str
     created_ms: int = 0
 
-
-# --- Google's answers: it may add fields, which are ignored ------------------------------------
-
-
-class _Answer(BaseModel):
-    model_config = ConfigDict(frozen=True, alias_generator=to_camel, populate_by_name=True)
-
-
-class JobReference(_Answer):
-    project_id: str
-    location: str
-    job_id: str | None = None
-
-
-class Problem(_Answer):
-    reason: str = ""
-    message: str = ""
-
-
-class JobStatus(_Answer):
-    state: str
-    error_result: Problem | None = None
-    errors: Sequence[Problem] = ()
-
-
-class QueryStatistics(_Answer):
-    num_dml_affected_rows: int | None = None
-    schema_: Mapping[str, Any] = Field(default_factory=dict[str, Any], alias="schema")
-
-
-class Statistics(_Answer):
-    creation_time: int = 0
-    start_time: int | None = None
-    end_time: int | None = None
-    total_bytes_processed: int = 0
-    query: QueryStatistics = QueryStatistics()
-
-
-class Destination(_Answer):
-    destination_table: Mapping[str, str] | None = None
-
-
-class Configuration(_Answer):
-    labels: Mapping[str, str] = Field(default_factory=dict[str, str])
-    query: Destination = Destination()
-    load: Destination = Destination()
-    copy_: Destination = Field(default=Destination(), alias="copy")
-
-
-class JobView(_Answer):
-    job_reference: JobReference
-    status: JobStatus
-    statistics: Statistics = Statistics()
-    configuration: Configuration = Configuration()
+    @property
+    def url_path(self) -> str:
+        return jobs_in(self.project, self.job_id)
 
     @property
-    def handle(self) -> JobHandle | None:
-        """None for a dry run: BigQuery made no job."""
-        at = self.job_reference
-        if at.job_id is None:
-            return None
-        return JobHandle(
-            project=at.project_id,
-            location=at.location,
-            job_id=at.job_id,
-            created_ms=self.statistics.creation_time,
-        )
+    def results(self) -> str:
+        """The path of a query's rows."""
+        return jobs_in(self.project, self.job_id, kind="queries")
 
     @property
-    def changed_at(self) -> datetime | None:
-        told = self.statistics
-        ms = told.end_time or told.start_time or told.creation_time
-        return _EPOCH + timedelta(milliseconds=ms) if ms else None
-
-    @property
-    def table(self) -> str | None:
-        parts = self.configuration
-        for part in (parts.query, parts.load, parts.copy_):
-            if at := part.destination_table:
-                return f"bq://{at['projectId']}:{at['datasetId']}.{at['tableId']}"
-        return None
-
-
-FIELDS = (
-    "jobReference,status,"
-    "statistics(creationTime,startTime,endTime,totalBytesProcessed,query(numDmlAffectedRows,schema)),"
-    "configuration(labels,query/destinationTable,load/destinationTable,copy/destinationTable)"
-)
-"""Of a job, all that `JobView` knows: whole jobs carry their query and its plan."""
+    def page(self) -> str:
+        """In the console."""
+        job = quote(f"bq:{self.location}:{self.job_id}", safe=":")
+        at = f"https://console.cloud.google.com/bigquery?project={quote(self.project)}&j={job}"
+        return f"{at}&page=queryresults"

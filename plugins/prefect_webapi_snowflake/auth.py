@@ -4,15 +4,16 @@ import asyncio
 import base64
 import hashlib
 from datetime import UTC, datetime, timedelta
-from importlib import import_module
-from typing import Any
+from functools import partial
 
 from pydantic import SecretStr
 
 from prefect_webapi import ConfigurationError
-from prefect_webapi.auth import Token
+from prefect_webapi.auth import Token, library
 
 __all__ = ["KeyPair"]
+
+_library = partial(library, install="prefect-webapi[snowflake]")
 
 LIVES = timedelta(minutes=59)
 """Snowflake refuses tokens that live longer than an hour."""
@@ -64,12 +65,3 @@ class KeyPair:
 def _account(identifier: str) -> str:
     """Without its region: tokens name the account alone."""
     return identifier.partition("-" if ".global" in identifier else ".")[0]
-
-
-def _library(name: str) -> Any:
-    try:
-        return import_module(name)
-    except ImportError:
-        raise ConfigurationError(
-            'key-pair authentication needs PyJWT: pip install "prefect-webapi[snowflake]"'
-        ) from None

@@ -29,15 +29,11 @@ from prefect_webapi import (
 )
 from prefect_webapi.engine.contexts import DeleteView, GetView
 from prefect_webapi_gcp import BigQuery, BigQueryJob, BigQueryResult, auth, bigquery, entry
+from prefect_webapi_gcp.answers import JobView
 from prefect_webapi_gcp.auth import GoogleToken
-from prefect_webapi_gcp.bigquery import (
-    SYSTEM_REASONS,
-    THROTTLES,
-    USER_REASONS,
-    BigQueryPlugin,
-    judge,
-)
-from prefect_webapi_gcp.models import JobHandle, JobView
+from prefect_webapi_gcp.bigquery import BigQueryPlugin
+from prefect_webapi_gcp.models import JobHandle
+from prefect_webapi_gcp.reasons import SYSTEM_REASONS, THROTTLES, USER_REASONS, judge
 from prefect_webapi_gcp.rows import record
 from tests.plugins.suite import CANARY, WITHIN, BlockSuite, Outcome, OverHttp
 from tests.servers.base import Fault, Reply

@@ -31,7 +31,7 @@ from prefect_webapi_aws.sigv4 import Signer, error_of
 from prefect_webapi_databricks import Databricks
 from prefect_webapi_databricks import plugin as databricks
 from prefect_webapi_flyte import FlyteConnector
-from prefect_webapi_gcp import BigQuery, bigquery
+from prefect_webapi_gcp import BigQuery, reasons
 from prefect_webapi_http import HttpJobApi
 from prefect_webapi_jobserver import JobServer
 from prefect_webapi_snowflake import Snowflake, SnowflakeJob
@@ -120,7 +120,7 @@ async def test_a_key_that_is_not_rsa_is_refused() -> None:
 # --- answers -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("judge", [aws_judge, databricks.judge, bigquery.judge])
+@pytest.mark.parametrize("judge", [aws_judge, databricks.judge, reasons.judge])
 @pytest.mark.parametrize("body", [b"<html>Not Found</html>", b"[]", b""])
 def test_a_page_that_is_missing_is_no_job_that_vanished(judge: Judge, body: bytes) -> None:
     """REQ-58: what a proxy or a wrong address answers tells nothing of the job, which would be made anew."""
