@@ -1,5 +1,6 @@
 """What crosses the border: the spec that users write, the handle, Snowflake's view of a statement."""
 
+import json
 from collections.abc import Mapping, Sequence
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
@@ -8,9 +9,11 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic.alias_generators import to_camel
 
-from prefect_webapi import JobSpec
+from prefect_webapi import JobSpec, TaskExecutionMetadata
+from prefect_webapi_snowflake.blocks import Snowflake
 
 LONGEST_SECONDS = 604_800
+TAG_CHARACTERS = 2000
 _TYPES = {  # of bind variables; a bool is an int, so the order counts
     bool: "BOOLEAN",
     int: "FIXED",
@@ -100,6 +103,24 @@ class SnowflakeJob(JobSpec[SnowflakeResult]):
             raise ValueError(f"`parameters` holds {', '.join(ours)}, which is set for you")
         return self
 
+    def as_request(self, here: Snowflake, job: TaskExecutionMetadata) -> dict[str, Any]:
+        """The SQL API's body, with the places of `here` where the spec names none."""
+        body = {
+            "statement": self.statement,
+            "timeout": self.timeout_seconds,
+            "bindings": self.as_bindings(),
+            "warehouse": self.warehouse or here.warehouse,
+            "database": self.database or here.database,
+            "schema": self.schema_name or here.schema_name,
+            "role": self.role or here.role,
+            "parameters": {
+                **self.parameters,
+                "query_tag": _tag(job),
+                "MULTI_STATEMENT_COUNT": str(self.statement_count),
+            },
+        }
+        return {name: value for name, value in body.items() if value is not None}
+
     def as_bindings(self) -> dict[str, dict[str, str]] | None:
         """The SQL API's `bindings`: every value is a text."""
         given = enumerate(self.bindings, start=1)
@@ -114,6 +135,13 @@ def _text(value: Any) -> str:
     if isinstance(value, date):
         return value.isoformat()
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _tag(job: TaskExecutionMetadata) -> str:
+    """JSON with the job key, the runs and the task's tags, as far as there is room."""
+    key = {"job_key": job.generated_name}
+    whole = json.dumps({**job.labels, **key})
+    return whole if len(whole) <= TAG_CHARACTERS else json.dumps(key)
 
 
 class StatementHandle(BaseModel):
@@ -153,6 +181,11 @@ class StatementView(_Answer):
     result_set_meta_data: ResultShape = ResultShape()
     data: Sequence[Sequence[str | None]] | None = None
     stats: Mapping[str, int] = Field(default_factory=dict[str, int])
+
+    @property
+    def handles(self) -> Sequence[str]:
+        """Of its statements, which are one or more."""
+        return self.statement_handles or [self.statement_handle]
 
     @property
     def changed(self) -> int | None:
