@@ -100,7 +100,7 @@ class RunJob(DatabricksRun):
         job_parameters: values that override the job's own.
     """
 
-    path: ClassVar[str] = "run-now"
+    path: ClassVar[str] = "/run-now"
 
     job_id: int = Field(gt=0, lt=2**63)
     job_parameters: dict[str, str] = Field(default_factory=dict)
@@ -127,7 +127,7 @@ class SubmitRun(DatabricksRun):
         tags: for the run's compute and its bill; flow run, task run and job key are added.
     """
 
-    path: ClassVar[str] = "runs/submit"
+    path: ClassVar[str] = "/runs/submit"
 
     tasks: list[dict[str, Any]] = Field(min_length=1)
     run_name: str = Field(default="prefect", max_length=1000)

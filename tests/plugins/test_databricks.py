@@ -38,8 +38,9 @@ from prefect_webapi_databricks import (
     SubmitRun,
     entry,
 )
+from prefect_webapi_databricks.errors import judge
 from prefect_webapi_databricks.models import Run, RunHandle
-from prefect_webapi_databricks.plugin import DatabricksPlugin, judge
+from prefect_webapi_databricks.plugin import DatabricksPlugin
 from tests.plugins.suite import CANARY, MESSAGE, BlockSuite, Outcome, OverHttp, Row
 from tests.servers.base import Fault, Reply
 from tests.servers.databricks import FIRST_RUN_ID, JOB_ID, TOKEN, DatabricksServer

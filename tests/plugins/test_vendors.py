@@ -29,7 +29,7 @@ from prefect_webapi_aws import Athena, AthenaQuery, StepFunctions
 from prefect_webapi_aws.athena import AthenaPlugin
 from prefect_webapi_aws.sigv4 import Signer, error_of
 from prefect_webapi_databricks import Databricks
-from prefect_webapi_databricks import plugin as databricks
+from prefect_webapi_databricks import errors as databricks
 from prefect_webapi_flyte import FlyteConnector
 from prefect_webapi_gcp import BigQuery, reasons
 from prefect_webapi_http import HttpJobApi
