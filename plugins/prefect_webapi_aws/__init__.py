@@ -1,7 +1,8 @@
 """Run AWS Step Functions executions and Amazon Athena queries."""
 
 from prefect_webapi import PluginEntry, sync_task_for, task_for
-from prefect_webapi_aws.athena import AthenaPlugin, AthenaQuery, QueryResult
+from prefect_webapi_aws.athena import AthenaPlugin
+from prefect_webapi_aws.athena_models import AthenaQuery, QueryResult
 from prefect_webapi_aws.blocks import Athena, StepFunctions
 from prefect_webapi_aws.step_functions import ExpressPlugin, StateMachineRun, StepFunctionsPlugin
 

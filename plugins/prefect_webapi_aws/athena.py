@@ -4,24 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
-from collections.abc import AsyncIterator, Mapping, Sequence
-from itertools import chain, repeat
-from typing import Any, Literal
-
-from pydantic import (
-    AliasPath,
-    BaseModel,
-    ConfigDict,
-    Field,
-    StrictBool,
-    StrictFloat,
-    StrictInt,
-    StrictStr,
-    field_validator,
-)
-from pydantic_core import to_json
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
 
 from prefect_webapi import (
     AlreadyExists,
@@ -29,7 +14,6 @@ from prefect_webapi import (
     CreateResult,
     DeleteContext,
     GetContext,
-    JobSpec,
     NotFound,
     PhaseInfo,
     PluginConfig,
@@ -40,121 +24,19 @@ from prefect_webapi import (
     TaskInfo,
     TaskLog,
 )
+from prefect_webapi.results import SizeLimit
+from prefect_webapi_aws.athena_models import (
+    AthenaError,
+    AthenaQuery,
+    Query,
+    QueryHandle,
+    QueryResult,
+)
+from prefect_webapi_aws.athena_rows import with_rows
 from prefect_webapi_aws.blocks import Athena
 from prefect_webapi_aws.sigv4 import AwsJson
 
-QUERY_BYTES = 262_144
-PARAMETER_CHARACTERS = 1024
 PAGE_ROWS = 1000
-
-Parameter = StrictStr | StrictBool | StrictInt | StrictFloat | None
-
-
-class Column(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
-    name: str
-    type: str
-
-
-class QueryResult(BaseModel):
-    """What the task returns.
-
-    Attributes:
-        location: where the result is in S3; None: where Athena keeps it itself.
-        rows: booleans, whole numbers and floating ones as such, everything else as Athena's text, NULL as None.
-        update_count: rows that the statement has written.
-    """
-
-    model_config = ConfigDict(frozen=True)
-
-    query_execution_id: str
-    location: str | None = None
-    columns: tuple[Column, ...] = ()
-    rows: list[list[Any]] = Field(default_factory=list[list[Any]])
-    update_count: int | None = None
-
-    def records(self) -> list[dict[str, Any]]:
-        """The rows by column name; of two columns of one name the last is kept."""
-        names = [column.name for column in self.columns]
-        return [dict(zip(names, row, strict=False)) for row in self.rows]
-
-
-class AthenaQuery(JobSpec[QueryResult]):
-    """One SQL statement.
-
-    Attributes:
-        parameters: values for the question marks of `query`, in their order; text arrives as text, whatever is in it.
-        database, catalog: where names in the query are looked up.
-        work_group, output_location: None: those of the connection.
-        result: ``location``: the task returns where the result is, and no rows.
-    """
-
-    query: str = Field(min_length=1)
-    parameters: tuple[Parameter, ...] = ()
-    database: str | None = None
-    catalog: str | None = None
-    work_group: str | None = Field(default=None, pattern=r"^[a-zA-Z0-9._-]{1,128}$")
-    output_location: str | None = Field(default=None, pattern=r"^s3://[^/]+(/.*)?$")
-    result: Literal["rows", "location"] = "rows"
-
-    @field_validator("query")
-    @classmethod
-    def _query_fits(cls, query: str) -> str:
-        if len(query.encode()) > QUERY_BYTES:
-            raise ValueError(f"it has {len(query.encode())} bytes, Athena takes {QUERY_BYTES}")
-        return query
-
-    @field_validator("parameters")
-    @classmethod
-    def _parameters_fit(cls, parameters: tuple[Parameter, ...]) -> tuple[Parameter, ...]:
-        for nth, value in enumerate(parameters):
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"number {nth} is {value}: SQL has no literal for it")
-            if len(_literal(value)) > PARAMETER_CHARACTERS:
-                raise ValueError(
-                    f"number {nth} has {len(_literal(value))} characters as a literal, Athena takes "
-                    f"{PARAMETER_CHARACTERS}"
-                )
-        return parameters
-
-    @property
-    def literals(self) -> list[str] | None:
-        return [_literal(value) for value in self.parameters] or None
-
-
-class QueryHandle(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    id: str
-
-
-class AthenaError(BaseModel):
-    model_config = ConfigDict(frozen=True, validate_by_name=True, validate_by_alias=True)
-
-    category: int = Field(default=0, validation_alias="ErrorCategory")
-    type: int = Field(default=0, validation_alias="ErrorType")
-    retryable: bool = Field(default=False, validation_alias="Retryable")
-    message: str = Field(default="", validation_alias="ErrorMessage")
-
-
-class Query(BaseModel):
-    """Of a QueryExecution."""
-
-    model_config = ConfigDict(frozen=True, validate_by_name=True, validate_by_alias=True)
-
-    state: str = Field(validation_alias=AliasPath("Status", "State"))
-    reason: str = Field(default="", validation_alias=AliasPath("Status", "StateChangeReason"))
-    error: AthenaError | None = Field(
-        default=None, validation_alias=AliasPath("Status", "AthenaError")
-    )
-    kind: str = Field(default="", validation_alias="StatementType")
-    scanned_bytes: int = Field(
-        default=0, validation_alias=AliasPath("Statistics", "DataScannedInBytes")
-    )
-    location: str | None = Field(
-        default=None, validation_alias=AliasPath("ResultConfiguration", "OutputLocation")
-    )
 
 
 class AthenaPlugin(AsyncPlugin[QueryHandle, Query]):
@@ -245,33 +127,8 @@ class AthenaPlugin(AsyncPlugin[QueryHandle, Query]):
         result = QueryResult(query_execution_id=handle.id, location=query.location)
         if ctx.spec(AthenaQuery).result == "location":
             return result
-        columns: tuple[Column, ...] = ()
-        rows: list[list[Any]] = []
-        written, size, limit = None, 0, ctx.max_dataset_size_bytes
-        async for page in self._pages(handle):
-            written, found = page.get("UpdateCount"), page["ResultSet"]
-            texts = [
-                [each.get("VarCharValue") for each in row["Data"]]
-                for row in found["Rows"]
-                if row.get("Data")  # a DROP TABLE has rows of nothing
-            ]
-            if not columns:
-                columns = _columns(found)
-                if query.kind in ("DML", "") and texts[:1] == [[c.name for c in columns]]:
-                    del texts[0]  # of a SELECT, the first row is the head of the table
-            for row in texts:
-                # DESCRIBE names several columns and gives one text.
-                kinds = chain((column.type for column in columns), repeat("varchar"))
-                values = [_value(text, kind) for text, kind in zip(row, kinds, strict=False)]
-                size += len(to_json(values))
-                if 0 <= limit < size:
-                    raise RemoteUserError(
-                        f"the result is larger than max_dataset_size_bytes, which is {limit}. Return less, or use "
-                        f'result="location" and read it from {query.location}',
-                        code="OutputSizeExceeded",
-                    )
-                rows.append(values)
-        return result.model_copy(update={"columns": columns, "rows": rows, "update_count": written})
+        size = SizeLimit(ctx.max_dataset_size_bytes)
+        return await with_rows(result, query, self._pages(handle), size)
 
     async def aclose(self) -> None:
         await self._api.aclose()
@@ -308,35 +165,3 @@ def _failed(query: Query, info: TaskInfo) -> PhaseInfo:
 
 _SYSTEM = {True: PhaseInfo.system_retryable_failure, False: PhaseInfo.system_failure}
 _USER = {True: PhaseInfo.retryable_failure, False: PhaseInfo.failure}
-
-
-def _columns(found: Mapping[str, Any]) -> tuple[Column, ...]:
-    described = found.get("ResultSetMetadata", {}).get("ColumnInfo", ())
-    return tuple(Column(name=each["Name"], type=each["Type"]) for each in described)
-
-
-def _literal(value: Parameter) -> str:
-    """Athena takes the text of a parameter for an expression where it can: only a quoted one is surely text."""
-    match value:
-        case None:
-            return "NULL"
-        case bool():
-            return str(value).upper()
-        case int() | float():
-            return repr(value).upper()
-        case str():
-            return "'" + value.replace("'", "''") + "'"
-
-
-def _value(text: str | None, kind: str) -> Any:
-    if text is None:
-        return None
-    match kind:
-        case "boolean":
-            return text == "true"
-        case "tinyint" | "smallint" | "integer" | "bigint":
-            return int(text)
-        case "float" | "double" | "real" if math.isfinite(number := float(text)):
-            return number
-        case _:
-            return text  # JSON has no NaN, and exact decimals stay exact

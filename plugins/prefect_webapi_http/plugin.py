@@ -44,6 +44,7 @@ from prefect_webapi import (
     retry_after,
 )
 from prefect_webapi.auth import ClientCredentials, TokenAuth, basic
+from prefect_webapi.results import SizeLimit
 from prefect_webapi.template import (
     as_text,
     encoded,
@@ -215,14 +216,10 @@ class HttpJobPlugin(AsyncPlugin[JobHandle, Any]):
         if outputs.paging is None:
             return at((await self._ask(outputs.request, values)).json(), outputs.pointer)
         rows: list[Any] = []
-        size, limit = 0, ctx.max_dataset_size_bytes
+        size = SizeLimit(ctx.max_dataset_size_bytes)
         pages = self._pages(outputs.request, values, outputs.paging, outputs.pointer)
         async for page in pages:
-            rows += page
-            size += len(to_json(page))
-            if 0 <= limit < size:
-                told = f"the result has more than {size} bytes, max_dataset_size_bytes is {limit}"
-                raise RemoteUserError(told, code="OutputSizeExceeded")
+            rows += size.kept(page)
         return rows
 
     async def aclose(self) -> None:
@@ -298,7 +295,7 @@ class HttpJobPlugin(AsyncPlugin[JobHandle, Any]):
 
     def _judge(self, answer: Answer, method: Method) -> RemoteError | None:
         rules: tuple[Rule, ...] = (*self._api.throttle, *self._api.errors)
-        data = _data(answer) if rules else None
+        data = answer.at() if rules else None
         for rule in rules:
             if _fits(rule, answer, data):
                 return _error(rule, answer, data)
@@ -382,13 +379,6 @@ def _link(link: str, values: Values, job: Any) -> Any:
     try:
         return render_text(link, values, encoded) if "{{" in link else at(job, link)
     except BadTaskSpecification:
-        return None
-
-
-def _data(answer: Answer) -> Any:
-    try:
-        return answer.json()
-    except RemoteSystemError:
         return None
 
 

@@ -17,7 +17,8 @@ from prefect_webapi._prefect.artifacts import BURST, CARDS, Artifacts, Card, Pro
 from prefect_webapi._prefect.cards import Story, card
 from prefect_webapi.contract.phase import PhaseInfo, TaskInfo, TaskLog
 from prefect_webapi_aws import Athena
-from prefect_webapi_aws.athena import AthenaPlugin, Query, QueryHandle
+from prefect_webapi_aws.athena import AthenaPlugin
+from prefect_webapi_aws.athena_models import Query, QueryHandle
 from tests._prefect.test_reports import RECORD
 from tests.support.waiting import eventually
 

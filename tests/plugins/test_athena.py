@@ -13,7 +13,8 @@ from pydantic import HttpUrl, SecretStr, ValidationError
 from prefect_webapi import AlreadyExists, EngineSettings, NotFound, Phase, PluginConfig
 from prefect_webapi.engine.contexts import DeleteView, GetView
 from prefect_webapi_aws import Athena, AthenaQuery, QueryResult, athena_entry
-from prefect_webapi_aws.athena import AthenaError, AthenaPlugin, Query, QueryHandle
+from prefect_webapi_aws.athena import AthenaPlugin
+from prefect_webapi_aws.athena_models import AthenaError, Query, QueryHandle
 from tests.plugins.suite import CANARY, MESSAGE, Outcome, OverHttp
 from tests.servers.athena import AthenaServer
 from tests.servers.aws import REGION, refused
