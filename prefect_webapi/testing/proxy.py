@@ -22,6 +22,7 @@ from prefect_webapi.testing.serving import serve_app
 __all__ = ["Exchange", "FaultProxy", "Reply", "WireFault"]
 
 ANSWER_SECONDS = 60.0
+_MAKING = ("create", "do")
 _OF_ONE_HOP = frozenset({"connection", "keep-alive", "transfer-encoding", "content-length"})
 
 
@@ -49,7 +50,7 @@ class WireFault:
     """Goes wrong with the next requests that serve one of these calls of the plugin.
 
     Attributes:
-        ops: names of plugin methods. Of a create it is the request that makes the job; a request for a token never is.
+        ops: names of plugin methods. Of `create` and `do`: the request that makes the job; one for a token never is.
         reply: the answer to give; None: the connection is closed without one.
         carried_out: the service gets the request and does its work; only its answer is lost.
         seconds: how long the answer is held back; with `carried_out` and no `reply`, it then comes as it is.
@@ -70,7 +71,7 @@ class Exchange:
     Attributes:
         op: the plugin's method that it served; "": none that is known.
         at: seconds of the monotonic clock. status: of the answer that the plugin got; None: it got none.
-        made: jobs that the service made meanwhile (creates only). spoiled: what the proxy did, in words.
+        made: jobs that the service made meanwhile (creates, and `do`). spoiled: what the proxy did, in words.
         body: of the service's own answer.
     """
 
@@ -98,7 +99,7 @@ class FaultProxy:
     Attributes:
         exchanges: all of them, in the order in which they came. faults: still to come.
         asking: tells the plugin's method that is at work; "": none.
-        creating: which request of a create, token requests left out, makes the job; from 0.
+        creating: which request of a create (or a `do`), token requests left out, makes the job; from 0.
     """
 
     def __init__(
@@ -135,7 +136,7 @@ class FaultProxy:
 
     def begins(self, op: str) -> None:
         """A call of the plugin begins: its requests are counted anew."""
-        if op == "create":
+        if op in _MAKING:
             self._seen_of_create = 0
 
     def of(self, *ops: str) -> list[Exchange]:
@@ -155,7 +156,7 @@ class FaultProxy:
             is_token=any(path.endswith(each) for each in self._token_paths),
         )
         self.exchanges.append(seen)
-        creates = seen.op == "create" and not seen.is_token
+        creates = seen.op in _MAKING and not seen.is_token
         nth, self._seen_of_create = self._seen_of_create, self._seen_of_create + creates
         fault = self._due(seen, nth)
         if fault is not None and not fault.carried_out:
@@ -188,7 +189,7 @@ class FaultProxy:
         )
 
     def _due(self, seen: Exchange, nth: int) -> WireFault | None:
-        if seen.is_token or (seen.op == "create" and nth != self.creating):
+        if seen.is_token or (seen.op in _MAKING and nth != self.creating):
             return None
         for fault in self.faults:
             if seen.op in fault.ops:

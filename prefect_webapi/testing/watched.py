@@ -12,7 +12,13 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
-from prefect_webapi.contract.plugin import AsyncPlugin, CreateResult, Plugin, PluginEntry
+from prefect_webapi.contract.plugin import (
+    AsyncPlugin,
+    CreateResult,
+    Plugin,
+    PluginEntry,
+    SyncPlugin,
+)
 
 __all__ = ["Call", "Watch", "handle_of", "no_network", "watched"]
 
@@ -117,9 +123,8 @@ def watched(entry: PluginEntry[Any], watch: Watch) -> PluginEntry[Any]:
     async def load(setup: Any) -> Plugin:
         made: Any = entry.plugin_loader(setup)
         plugin: Any = await made if inspect.isawaitable(made) else made
-        if isinstance(
-            cast(object, plugin), AsyncPlugin
-        ):  # of anything else the engine says what is wrong
+        if isinstance(cast(object, plugin), AsyncPlugin | SyncPlugin):
+            # Of anything else the engine says what is wrong.
             plugin.__class__ = _subclass(plugin.__class__, watch)
         return plugin
 

@@ -39,24 +39,28 @@ CHECKS = (
         "a job runs to its end, and its result comes back",
         creating.a_job_runs_and_its_result_comes_back,
         after=("handle", "states"),
+        of_calls=True,
     ),
     Check(
         "one-create",
         "one call makes one job",
         creating.one_call_makes_one_job,
         after=("result",),
+        of_calls=True,
     ),
     Check(
         "failure",
         "a job that fails ends the task in the service's own words",
         ending.a_job_that_fails_fails_in_the_services_words,
         after=("result",),
+        of_calls=True,
     ),
     Check(
         "repeated-create",
         "a create that is repeated with its key makes no second job",
         creating.a_repeated_create_makes_no_second_job,
         after=_MADE,
+        of_calls=True,
     ),
     Check(
         "find",
@@ -70,6 +74,7 @@ CHECKS = (
         creating.a_lost_answer_makes_no_second_job,
         after=_ONCE,
         on_the_wire=True,
+        of_calls=True,
     ),
     Check(
         "nonsense-answer",
@@ -77,6 +82,7 @@ CHECKS = (
         creating.a_nonsense_answer_makes_no_second_job,
         after=("lost-answer",),
         on_the_wire=True,
+        of_calls=True,
     ),
     Check(
         "lost-request",
@@ -84,6 +90,7 @@ CHECKS = (
         creating.a_lost_request_makes_one_job_or_none,
         after=_ONCE,
         on_the_wire=True,
+        of_calls=True,
     ),
     Check(
         "refused-connection",
@@ -91,6 +98,7 @@ CHECKS = (
         creating.where_nobody_listens_nothing_was_made,
         after=_MADE,
         on_the_wire=True,
+        of_calls=True,
     ),
     Check(
         "adoption",
@@ -142,6 +150,7 @@ CHECKS = (
         access.a_throttled_create_waits_as_long_as_it_is_told,
         after=_MADE,
         on_the_wire=True,
+        of_calls=True,
     ),
     Check(
         "throttle-read",
@@ -163,6 +172,7 @@ CHECKS = (
         access.a_refused_credential_is_renewed_once,
         after=_MADE,
         on_the_wire=True,
+        of_calls=True,
     ),
     Check(
         "auth-refused",
@@ -170,6 +180,7 @@ CHECKS = (
         access.a_credential_that_stays_refused_ends_the_task,
         after=("auth-refresh",),
         on_the_wire=True,
+        of_calls=True,
     ),
     Check(
         "redirect",
@@ -177,18 +188,21 @@ CHECKS = (
         access.a_redirect_is_not_followed,
         after=_MADE,
         on_the_wire=True,
+        of_calls=True,
     ),
     Check(
         "cleartext",
         "credentials do not travel without TLS",
         access.credentials_do_not_travel_in_the_clear,
         on_the_wire=True,
+        of_calls=True,
     ),
     Check(
         "secrets",
         "no secret gets into a log, an error, the ledger or what is shown",
         access.no_secret_gets_out,
         after=_MADE,
+        of_calls=True,
     ),
     Check(
         "batch",

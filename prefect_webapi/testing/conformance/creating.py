@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -83,14 +84,17 @@ async def a_job_runs_and_its_result_comes_back(trial: Trial) -> str:
         raise Nonconformity(
             service=trial.wire(),
             plugin=f"came to {outcome.info.phase.name}: {told_by(outcome.info)}",
-            change="let `status` tell SUCCESS of a job that succeeded, and put a result that fits the spec's type",
+            change=(
+                f"let `{trial.judging}` tell SUCCESS of a job that succeeded, and put a result that fits the spec's "
+                "type"
+            ),
         )
     wanted = trial.service.result
     if wanted is not None and outcome.value != wanted:
         raise Nonconformity(
             service=trial.wire(),
             plugin=f"gave the result {outcome.value!r}, not {wanted!r}",
-            change="hand the result on: `ctx.output_writer.put(...)` in `status`, or `outputs`",
+            change=f"hand the result on: `ctx.output_writer.put(...)` in `{trial.judging}`, or `outputs`",
         )
     return f"the result was {trial.mask(repr(outcome.value))[:80]}"
 
@@ -102,6 +106,9 @@ async def one_call_makes_one_job(trial: Trial) -> None:
 
 
 async def a_repeated_create_makes_no_second_job(trial: Trial) -> None:
+    if trial.is_sync:
+        await _a_repeated_call_does_nothing_twice(trial)
+        return
     async with trial.plugin() as plugin:
         view = trial.view(trial.spec("runs"))
         first = handle_of(await plugin.create(view))
@@ -136,6 +143,26 @@ async def a_repeated_create_makes_no_second_job(trial: Trial) -> None:
             service=trial.wire(),
             plugin=f"returned {first!r} first, and {second!r} for the same job",
             change="let a repeated `create` return the handle of the job that is there, or raise `AlreadyExists`",
+        )
+
+
+async def _a_repeated_call_does_nothing_twice(trial: Trial) -> None:
+    view = trial.view(trial.spec("succeeds"))
+    async with trial.any_plugin() as plugin:
+        for each in (view, view.repeated()):
+            with suppress(AlreadyExists):
+                await trial.make(plugin, each)
+    if trial.subject.guarantee != "key":
+        again = "" if trial.made > 1 else "; yet a repeated `do` did nothing: it could be claimed"
+        raise NotClaimed(f"`idempotent` is False{again}")
+    if trial.made != 1:
+        raise Nonconformity(
+            service=f"did the work {trial.made} times: {trial.wire()}",
+            plugin="sent the same job key twice, and claims `idempotent = True`",
+            change=(
+                "send `ctx.task_execution_metadata.generated_name` where the service expects its idempotency key; if "
+                "it has none, leave `idempotent` at False"
+            ),
         )
 
 
@@ -185,13 +212,30 @@ async def expect_nothing(
 
 
 async def a_lost_answer_makes_no_second_job(trial: Trial) -> str:
-    trial.spoil("create", carried_out=True)
+    trial.spoil(trial.making, carried_out=True)
     return await once(trial, "the job was made, and the answer never came")
 
 
 async def a_nonsense_answer_makes_no_second_job(trial: Trial) -> str:
-    trial.spoil("create", reply=PROXYS_PAGE, carried_out=True)
-    return await once(trial, "the job was made, and a proxy answered 502 in the service's place")
+    trial.spoil(trial.making, reply=PROXYS_PAGE, carried_out=True)
+    happened = "the job was made, and a proxy answered 502 in the service's place"
+    if trial.is_sync and trial.subject.guarantee == "at-most-once":
+        return await _told_and_not_repeated(trial, happened)
+    return await once(trial, happened)
+
+
+async def _told_and_not_repeated(trial: Trial, happened: str) -> str:
+    """A call was answered, so its task fails and says with what; it is the user's `retries` that repeat it."""
+    with trial.engine() as engine:
+        outcome = await engine.outcome(trial.spec("succeeds"))
+    expect_one_job(trial, happened)
+    if not outcome.info.phase.is_failure:
+        raise Nonconformity(
+            service=f"{happened}: {trial.wire()}",
+            plugin=f"came to {outcome.info.phase.name}: {told_by(outcome.info)}",
+            change="raise `RemoteSystemError` for an answer that is none (`RemoteClient` does)",
+        )
+    return "at most once: the task fails with that answer; only `retries` of the task would repeat the call"
 
 
 async def once(trial: Trial, happened: str) -> str:
@@ -212,17 +256,17 @@ async def once(trial: Trial, happened: str) -> str:
                 ),
             )
         return "the same job was met again"
-    if code != "CreateOutcomeUnknown":
+    if code != ("OutcomeUnknown" if trial.is_sync else "CreateOutcomeUnknown"):
         raise Nonconformity(
             service=f"{happened}: {trial.wire()}",
             plugin=f"came to {outcome.info.phase.name} ({told_by(outcome.info)}), as if it were known what happened",
             change="let errors say `job_may_exist=True` where the request may have arrived (`RemoteClient` does)",
         )
-    return "at most once: the task ends as CreateOutcomeUnknown, and nothing is repeated"
+    return f"at most once: the task ends as {code}, and nothing is repeated"
 
 
 async def a_lost_request_makes_one_job_or_none(trial: Trial) -> str:
-    trial.spoil("create")
+    trial.spoil(trial.making)
     with trial.engine() as engine:
         outcome = await engine.outcome(trial.spec("succeeds"))
     wanted = 0 if trial.subject.guarantee == "at-most-once" else 1
@@ -239,8 +283,8 @@ async def a_lost_request_makes_one_job_or_none(trial: Trial) -> str:
 
 async def where_nobody_listens_nothing_was_made(trial: Trial) -> None:
     try:
-        async with trial.plugin(url=NOWHERE) as plugin:
-            await plugin.create(trial.view(trial.spec("succeeds")))
+        async with trial.any_plugin(url=NOWHERE) as plugin:
+            await trial.make(plugin, trial.view(trial.spec("succeeds")))
     except RemoteError as error:
         if not error.job_may_exist:
             return
@@ -248,7 +292,7 @@ async def where_nobody_listens_nothing_was_made(trial: Trial) -> None:
     except Exception as error:  # noqa: BLE001 - told below
         what = f"raised {type(error).__name__}: {error}"
     else:
-        what = "returned a handle"
+        what = "returned an answer"
     raise Nonconformity(
         service="was not there: the connection was refused",
         plugin=what,
@@ -275,13 +319,13 @@ async def the_next_process_takes_the_job_over(trial: Trial) -> None:
 
 def expect_one_job(trial: Trial, happened: str) -> None:
     if trial.made != 1:
-        sent = len(trial.watch.of("create"))
+        sent = len(trial.watch.of(trial.making))
         raise Nonconformity(
             service=f"made {trial.made} jobs; {happened}",
-            plugin=f"was asked to create {sent} times for one task",
+            plugin=f"was asked to {trial.making} {sent} times for one task",
             change=(
-                "let one `create` send one request that makes a job, under the key that it is given, and repeat "
-                "nothing by itself: the engine repeats what may be repeated"
+                f"let one `{trial.making}` send one request that makes a job, under the key that it is given, and "
+                "repeat nothing by itself: the engine repeats what may be repeated"
             ),
         )
 

@@ -28,7 +28,7 @@ async def a_job_that_fails_fails_in_the_services_words(trial: Trial) -> None:
         raise Nonconformity(
             service=f"has a job that failed: {trial.wire()}",
             plugin=f"came to {info.phase.name}",
-            change="let `status` return `PhaseInfo.failure` or `PhaseInfo.retryable_failure` for it",
+            change=f"let `{trial.judging}` return `PhaseInfo.failure` or `PhaseInfo.retryable_failure` for it",
         )
     if not info.err.message or words not in info.err.message:
         raise Nonconformity(

@@ -60,12 +60,16 @@ class Service(ABC):
     def spec(self, fate: Fate) -> JobSpec[Any] | None:
         """A job that succeeds within a second or so, that fails, that runs until it is deleted, or that is queued.
 
-        None: the service has no such jobs; the certificate says so. Only ``fails`` and ``waits`` may be None.
+        None: the service has no such jobs; the certificate says so. Only ``fails`` and ``waits`` may be None. Of a
+        `SyncPlugin`, whose one call answers with the result, only ``succeeds`` and ``fails`` are asked for.
         """
 
     @abstractmethod
     def made(self) -> int:
-        """How many jobs the service has ever made, by its own count. Asked from other threads."""
+        """How many jobs the service has ever made, by its own count. Asked from other threads.
+
+        Of a `SyncPlugin`: how often it did the work of a call.
+        """
 
     @abstractmethod
     def live(self) -> int:

@@ -22,7 +22,14 @@ from prefect_webapi.contract.config import EngineSettings, PluginConfig
 from prefect_webapi.contract.contexts import MetricsScope
 from prefect_webapi.contract.errors import ConfigurationError
 from prefect_webapi.contract.keys import base_of, fingerprint_of, job_key
-from prefect_webapi.contract.plugin import AsyncPlugin, PluginEntry, SyncPlugin, overrides
+from prefect_webapi.contract.plugin import (
+    AsyncPlugin,
+    Guarantee,
+    Plugin,
+    PluginEntry,
+    SyncPlugin,
+    overrides,
+)
 from prefect_webapi.contract.secrecy import LEAST_CHARACTERS, Mask, secrets_in
 from prefect_webapi.contract.task import JobSpec
 from prefect_webapi.engine.contexts import DeleteView, TaskView, task_view
@@ -42,7 +49,7 @@ from prefect_webapi.testing.engine import (
 )
 from prefect_webapi.testing.proxy import FaultProxy, Reply, WireFault
 from prefect_webapi.testing.waiting import eventually
-from prefect_webapi.testing.watched import Watch, watched
+from prefect_webapi.testing.watched import Watch, handle_of, watched
 
 __all__ = ["Check", "Engine", "Nonconformity", "NotChecked", "NotClaimed", "Trial", "certify"]
 
@@ -50,6 +57,7 @@ CHECK_SECONDS = 60.0
 _SHOWN = 12
 _OPTIONAL = ("find", "get_many", "outputs")
 READS = ("get", "get_many")
+_NO_JOBS = "a SyncPlugin makes no job that could be read, ended or met again: one call, `do`, and its answer"
 
 
 class Nonconformity(AssertionError):
@@ -80,6 +88,7 @@ class Check:
         after: checks that this one builds on: it is not reached if one of them fails.
         run: tries it; the answer is what else was seen, "" for nothing.
         on_the_wire: needs the proxy, so a service over HTTP.
+        of_calls: is asked of a `SyncPlugin` too, whose one call answers with the result.
     """
 
     name: str
@@ -87,6 +96,7 @@ class Check:
     run: Callable[[Trial], Awaitable[str | None]]
     after: tuple[str, ...] = ()
     on_the_wire: bool = False
+    of_calls: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +134,8 @@ class Trial:
     Attributes:
         watch: the plugin's calls. proxy: the requests; both begin anew with each check.
         folder: of the ledger. run: in the place of a flow run's id; both are new for each check.
+        subject: what is tried, as the certificate names it.
+        making: the plugin's method that has the service work: `create`, or `do` of a `SyncPlugin`.
 
     Raises:
         ConfigurationError: the description of the service lacks what the kit can't do without.
@@ -137,6 +149,7 @@ class Trial:
         self.folder = Path()
         self.run = ""
         self.url = ""
+        self.making = "create"
         self._watched = watched(entry, self.watch)
         self._proxy: FaultProxy | None = None
         self._open = ExitStack()
@@ -155,7 +168,7 @@ class Trial:
                 )
                 self.watch.begins = self._proxy.begins
                 self.url = opening.enter_context(self._proxy.serving())
-            _demand(self)
+            self.demand()
             self._open = opening.pop_all()
         return self
 
@@ -183,6 +196,8 @@ class Trial:
                 seconds=round(seconds, 3),
             )
 
+        if self.is_sync and not check.of_calls:
+            return found(Verdict.NOT_IMPLEMENTED, _NO_JOBS)
         by_name = {each.name: each for each in self.checks}
         for name in check.after:
             if self.finding(by_name[name]).verdict in (Verdict.FAILS, Verdict.NOT_REACHED):
@@ -254,6 +269,15 @@ class Trial:
     # --- the parts ---------------------------------------------------------------------------
 
     @property
+    def is_sync(self) -> bool:
+        return self.making == "do"
+
+    @property
+    def judging(self) -> str:
+        """The plugin's method that says how a job ended."""
+        return "do" if self.is_sync else "status"
+
+    @property
     def proxy(self) -> FaultProxy:
         assert self._proxy is not None, "checks that use it say so"
         return self._proxy
@@ -287,7 +311,14 @@ class Trial:
     async def plugin(
         self, *, url: str = "", **settings: Any
     ) -> AsyncGenerator[AsyncPlugin[Any, Any]]:
-        """The plugin by itself, without the engine. Raises what its loader raises."""
+        """The plugin by itself, without the engine, for checks of jobs. Raises what its loader raises."""
+        async with self.any_plugin(url=url, **settings) as plugin:
+            assert isinstance(plugin, AsyncPlugin), "checks of calls use `any_plugin`"
+            yield plugin
+
+    @asynccontextmanager
+    async def any_plugin(self, *, url: str = "", **settings: Any) -> AsyncGenerator[Plugin]:
+        """The same, of either kind."""
         setup = _Setup(self.entry.id, self.block(url=url, **settings))
         made: Any = self._watched.plugin_loader(setup)
         plugin = _checked(self.entry, await made if isawaitable(made) else made)
@@ -295,6 +326,12 @@ class Trial:
             yield plugin
         finally:
             await plugin.aclose()
+
+    async def make(self, plugin: Plugin, view: TaskView) -> Any:
+        """Have the service work once: the handle of a job, or the end of a call."""
+        if isinstance(plugin, SyncPlugin):
+            return await plugin.do(view)
+        return handle_of(await plugin.create(view))
 
     def view(self, spec: JobSpec[Any]) -> TaskView:
         """What a plugin's methods see of a new job, for calls without the engine."""
@@ -366,9 +403,7 @@ class Trial:
             ]
         return "\n".join(lines)
 
-    @cached_property
-    def subject(self) -> Subject:
-        plugin = asyncio.run(self._any_plugin())
+    def _seen(self, plugin: Plugin) -> Subject:
         cls = type(plugin).__mro__[1]
         package, version = _distribution(self.entry, cls.__module__)
         return Subject(
@@ -377,14 +412,41 @@ class Trial:
             plugin_class=f"{cls.__module__}.{cls.__qualname__}",
             package=package,
             version=version,
-            guarantee=plugin.guarantee,
-            optional=tuple(name for name in _OPTIONAL if overrides(plugin, name)),
+            guarantee=claim_of(plugin),
+            optional=tuple(
+                name
+                for name in _OPTIONAL
+                if isinstance(plugin, AsyncPlugin) and overrides(plugin, name)
+            ),
             service=type(self.service).__name__,
         )
 
-    async def _any_plugin(self) -> AsyncPlugin[Any, Any]:
-        async with self.plugin() as plugin:
+    async def _loaded(self) -> Plugin:
+        async with self.any_plugin() as plugin:
             return plugin
+
+    def demand(self) -> None:
+        """Refuse what can't be tried, before any job is made, and see which kind of plugin it is.
+
+        Raises:
+            ConfigurationError: the plugin is none, or the description lacks what the kit can't do without.
+        """
+        name = type(self.service).__name__
+        plugin = asyncio.run(self._loaded())
+        self.making = "do" if isinstance(plugin, SyncPlugin) else "create"
+        self.subject = self._seen(plugin)
+        fates: tuple[Fate, ...] = ("succeeds",) if self.is_sync else ("succeeds", "runs")
+        for fate in fates:
+            if self.service.spec(fate) is None:
+                raise ConfigurationError(
+                    f"{name}.spec({fate!r}) is None; the kit can't do without such jobs."
+                )
+        alien = set(self.service.lacks) - {check.name for check in self.checks}
+        if alien:
+            known = ", ".join(check.name for check in self.checks)
+            raise ConfigurationError(
+                f"{name}.lacks names no check: {sorted(alien)} (there are: {known})."
+            )
 
 
 def certify(entry: PluginEntry[Any], service: Service) -> Certificate:
@@ -404,33 +466,19 @@ def certificate_of(subject: Subject, findings: Sequence[Finding]) -> Certificate
     )
 
 
-def _demand(trial: Trial) -> None:
-    """Refuse what can't be tried, before any job is made."""
-    service, name = trial.service, type(trial.service).__name__
-    for fate in ("succeeds", "runs"):
-        if service.spec(fate) is None:
-            raise ConfigurationError(
-                f"{name}.spec({fate!r}) is None; the kit can't do without such jobs."
-            )
-    alien = set(service.lacks) - {check.name for check in trial.checks}
-    if alien:
-        known = ", ".join(check.name for check in trial.checks)
-        raise ConfigurationError(
-            f"{name}.lacks names no check: {sorted(alien)} (there are: {known})."
-        )
-    asyncio.run(trial._any_plugin())  # pyright: ignore[reportPrivateUsage] - of this module
-
-
-def _checked(entry: PluginEntry[Any], plugin: Any) -> AsyncPlugin[Any, Any]:
+def claim_of(plugin: Plugin) -> Guarantee:
+    """What it promises for an answer that is lost; of a call it is said by `idempotent`."""
     if isinstance(plugin, SyncPlugin):
+        return "key" if plugin.idempotent else "at-most-once"
+    return plugin.guarantee
+
+
+def _checked(entry: PluginEntry[Any], plugin: Any) -> Plugin:
+    if not isinstance(plugin, AsyncPlugin | SyncPlugin):
         raise ConfigurationError(
-            f"plugin {entry.id!r} is a SyncPlugin; the contract is that of jobs, of an AsyncPlugin."
+            f"the loader of plugin {entry.id!r} returned {type(plugin).__name__}, not an AsyncPlugin or a SyncPlugin."
         )
-    if not isinstance(plugin, AsyncPlugin):
-        raise ConfigurationError(
-            f"the loader of plugin {entry.id!r} returned {type(plugin).__name__}, not an AsyncPlugin."
-        )
-    return cast(AsyncPlugin[Any, Any], plugin)
+    return cast(Plugin, plugin)
 
 
 def _unforeseen(error: Exception) -> str:
