@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, Self
 
 from pydantic import HttpUrl, SecretStr
 
@@ -15,7 +15,6 @@ from prefect_webapi.testing.conformance.service import Fate
 from prefect_webapi_jobserver import JobServer, ReportJob
 from prefect_webapi_jobserver.models import JobHandle, JobView
 from tests.plugins.suite import CANARY, MESSAGE, Outcome, PluginSuite
-from tests.servers.base import Server
 
 __all__ = ["JobServerService", "VendorService"]
 
@@ -66,10 +65,24 @@ class JobServerService(Service):
         return self.server.stats().live
 
 
+class Witness(Protocol):
+    """A vendor's server, which counts its jobs itself."""
+
+    url: str
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *exc_info: object) -> None: ...
+
+    def made(self) -> int: ...
+
+    def live(self) -> int: ...
+
+
 class VendorService(Service):
     """A vendor's server of the plugins' tests, as its suite describes it; of its faults on command nothing is used."""
 
-    def __init__(self, suite: PluginSuite, server: Server, *, token_path: str = "") -> None:
+    def __init__(self, suite: PluginSuite, server: Witness, *, token_path: str = "") -> None:
         self._suite = suite
         self._server = server
         self.states = [(snapshot, phase) for snapshot, phase, _ in suite.rows]
@@ -114,7 +127,7 @@ class VendorService(Service):
 class At:
     """A server at another address than its own."""
 
-    server: Server
+    server: Witness
     url: str
 
     def __getattr__(self, name: str) -> Any:

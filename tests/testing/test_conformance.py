@@ -21,10 +21,13 @@ from prefect_webapi.testing.conformance.loading import entry_of, service_of
 from prefect_webapi.testing.conformance.trial import Trial
 from prefect_webapi_jobserver import entry
 from prefect_webapi_jobserver.plugin import JobServerPlugin
+from tests.plugins import test_athena as athena
 from tests.plugins import test_bigquery as bigquery
 from tests.plugins import test_databricks as databricks
+from tests.plugins import test_flyte_connector as flyte
 from tests.plugins import test_http as described
 from tests.plugins import test_snowflake as snowflake
+from tests.plugins import test_step_functions as step_functions
 from tests.plugins.suite import CANARY, PluginSuite
 from tests.servers.base import Server
 from tests.testing.broken import BROKEN, AsksInStatus, Broken
@@ -89,6 +92,12 @@ VENDORS: dict[str, tuple[Callable[[], PluginSuite], Callable[[], Server], str]] 
     "databricks with OAuth": (databricks.TestDatabricksOAuth, databricks_server, "/token"),
     "snowflake": (snowflake.TestSnowflake, lambda: snowflake.SnowflakeServer(token=CANARY), ""),
     "bigquery": (bigquery.TestBigQuery, lambda: bigquery.BigQueryServer(access=CANARY), "/token"),
+    "athena": (athena.TestAthena, athena.AthenaServer, ""),
+    "step functions": (
+        step_functions.TestStepFunctions,
+        step_functions.StepFunctionsServer,
+        "",
+    ),
     "a described API": (
         described.TestTaskFarm,
         lambda: described.TaskFarm(secret=CANARY),
@@ -107,6 +116,27 @@ def test_the_vendors_plugins_keep_the_contract(vendor: str) -> None:
     assert certificate.conforms, told(certificate)
     unclaimed = {each.check for each in certificate.findings if each.verdict is not Verdict.HOLDS}
     assert unclaimed <= {"find", "batch"}
+
+
+@pytest.mark.chaos
+def test_the_flyte_connectors_plugin_keeps_what_can_be_tried_without_http() -> None:
+    """CASE-040: a connector speaks gRPC, the proxy does not; its own suite tries what the kit lists as left out."""
+    tests, server = flyte.TestFlyteConnector(), flyte.FlyteConnectorServer(token=CANARY)
+    service = VendorService(tests, server)
+    service.speaks_http = False
+    service.lacks = {"unknown-job": "the protocol has no answer that says so"}
+    certificate = certify(tests.entry, service)
+    assert certificate.conforms, told(certificate)
+    left_out = {each.check: each.verdict for each in certificate.findings}
+    for check in CHECKS:
+        verdict = left_out.pop(check.name)
+        if check.on_the_wire or check.name == "unknown-job":
+            assert verdict is Verdict.NOT_CHECKED
+        elif check.name in ("repeated-create", "find", "batch"):
+            assert verdict is Verdict.NOT_IMPLEMENTED
+        else:
+            assert verdict is Verdict.HOLDS, check.name
+    assert certificate.subject.guarantee == "at-most-once"
 
 
 # --- nothing is left out in silence ----------------------------------------------------------
