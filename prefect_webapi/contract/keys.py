@@ -15,6 +15,8 @@ from typing import Any, NewType, cast
 
 from pydantic import BaseModel
 
+from prefect_webapi.contract.errors import BadTaskSpecification
+
 __all__ = [
     "Base",
     "Fingerprint",
@@ -53,10 +55,26 @@ def fingerprint_of(task_type: str, connection: str, spec: BaseModel) -> Fingerpr
     """Hash of everything that `create` would send, never of secrets.
 
     Raises:
-        pydantic_core.PydanticSerializationError: a field of the spec has no JSON form.
+        BadTaskSpecification: a field of the spec has no JSON form.
     """
-    data = _sets_in_order(spec.model_dump(mode="json"), spec)
+    data = _sets_in_order(_as_json(spec), spec)
     return Fingerprint(_sha256([task_type, connection, data]))
+
+
+def _as_json(spec: BaseModel) -> Any:
+    try:
+        return spec.model_dump(mode="json")
+    except ValueError as error:  # also of bytes that are no UTF-8
+        problem = str(error)
+    for name in type(spec).model_fields:
+        try:
+            spec.model_dump(mode="json", include={name})
+        except ValueError as error:
+            raise BadTaskSpecification(
+                f"{type(spec).__name__}.{name} has no JSON form: {error}. Give it as text, numbers, lists and mappings",
+                code="NoJsonForm",
+            ) from None
+    raise BadTaskSpecification(f"{type(spec).__name__} has no JSON form: {problem}")
 
 
 def _sets_in_order(data: Any, value: Any) -> Any:

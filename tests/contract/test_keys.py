@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
-from pydantic_core import PydanticSerializationError
 
+from prefect_webapi import BadTaskSpecification
 from prefect_webapi.contract.keys import (
     Base,
     Fingerprint,
@@ -173,10 +173,12 @@ def test_a_spec_that_has_no_json_form_is_refused() -> None:
     """CASE-267: a readable error, before anything is sent."""
 
     class Odd(BaseModel):
+        fine: int = 1
         thing: Any
 
-    with pytest.raises(PydanticSerializationError, match="serialize"):
-        fingerprint_of("type", "connection", Odd(thing=object()))
+    for thing, told in ((object(), "unknown type"), (b"\xff", "utf-8")):
+        with pytest.raises(BadTaskSpecification, match=f"Odd.thing has no JSON form: .*{told}"):
+            fingerprint_of("type", "connection", Odd(thing=[thing]))
 
 
 # --- the ordinal rule ------------------------------------------------------------------------
