@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 import time
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager, closing
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +17,7 @@ from prefect_webapi_jobserver import ReportJob
 from tests.support.engine import Told, at, request, run
 from tests.support.jobserver import TOKEN
 from tests.support.waiting import eventually
+from tests.support.wire import free_port, garbled
 
 ENDLESS = ReportJob(outcome="never")
 
@@ -97,28 +95,6 @@ async def test_a_deadline_ends_a_throttled_task_in_time(
     assert len(job_server.log("create")) == 1
     assert len(job_server.log("delete")) == int(op == "get")
     assert job_server.stats().inside_retry_after == 0
-
-
-@asynccontextmanager
-async def garbled(port: int) -> AsyncGenerator[list[bytes]]:
-    """A port where something answers that speaks neither TLS nor HTTP: what it was sent."""
-    heard: list[bytes] = []
-
-    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with closing(writer):
-            heard.append(await reader.read(1024))
-            writer.write(b"what?\r\n")
-            await writer.drain()
-
-    server = await asyncio.start_server(answer, "127.0.0.1", port)
-    async with server:
-        yield heard
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 async def test_a_service_that_refuses_connections_is_asked_until_it_is_there(

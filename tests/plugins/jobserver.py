@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any, cast
+from urllib.parse import quote
 
 from prefect_webapi.testing import EmbeddedJobServer
 from prefect_webapi.testing.jobserver.faults import LoggedRequest
 from tests.plugins.suite import Op, Service
-from tests.servers.base import Fault
+from tests.servers.base import Fault, Seen
 
 __all__ = ["JobServerService"]
 
@@ -18,6 +20,23 @@ class JobServerService(Service):
     def __init__(self, server: EmbeddedJobServer) -> None:
         self.server = server
         self.url = server.url
+
+    @property
+    def seen(self) -> list[Seen]:
+        """The server's own log tells the name decoded, and the body as data."""
+        return [
+            Seen(
+                _op(entry),
+                entry.method,
+                f"/jobs/{quote(entry.name, safe='')}",
+                quote(entry.query, safe="=&"),
+                {},
+                json.dumps(entry.body).encode(),
+                entry.mono,
+                entry.status,
+            )
+            for entry in self.server.log()
+        ]
 
     def reset(self) -> None:
         self.server.reset()

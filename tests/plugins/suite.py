@@ -10,16 +10,17 @@ import asyncio
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Generator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from inspect import isawaitable
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, cast
+from urllib.parse import parse_qsl, unquote
 
 import pytest
 from PIL import Image
 from prefect.blocks.core import Block
 from prefect.testing.standard_test_suites.blocks import BlockStandardTestSuite
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from prefect_webapi import (
     AsyncPlugin,
@@ -32,6 +33,7 @@ from prefect_webapi import (
     PhaseInfo,
     PluginConfig,
     PluginEntry,
+    RemoteError,
     RemoteSystemError,
 )
 from prefect_webapi.contract.keys import Fingerprint, JobKey
@@ -39,9 +41,10 @@ from prefect_webapi.contract.plugin import overrides
 from prefect_webapi.engine.contexts import DeleteView, GetView, StatusView, TaskView, task_view
 from prefect_webapi.engine.host import Host
 from prefect_webapi.engine.request import Outcome as Ended
-from tests.servers.base import Fault, Reply
+from tests.servers.base import Fault, Reply, Seen
 from tests.support.engine import QUICK, FolderOutputs, NoSecrets, Told, engine, request
 from tests.support.waiting import eventually
+from tests.support.wire import free_port, garbled
 from tests.support.witness import records
 
 __all__ = [
@@ -66,6 +69,9 @@ HINT = 1.0
 NOWHERE = "http://127.0.0.1:9"
 REPOSITORY = Path(__file__).parents[2]
 MESSAGE = "no such table: sales_of_2031"
+NONSENSE = [b"<html>Bad Gateway</html>", b"", b'{"state": "runn', b'{"state": "l\xe4uft"}']
+"""A proxy's page, nothing at all, half an answer, another charset."""
+TOO_LARGE = b" " * (33 * 1024 * 1024)
 
 Op = Literal["create", "get", "get_many", "find", "delete", "outputs", "token"]
 Outcome = Literal["succeed", "fail", "never", "queued"]
@@ -102,6 +108,11 @@ class Service(Protocol):
     """How the suite steers and asks a service: what each of them must understand. `tests.servers.base.Server` does."""
 
     url: str
+
+    @property
+    def seen(self) -> Sequence[Seen]:
+        """Each request, in the order in which they came."""
+        ...
 
     def reset(self) -> None:
         """No jobs, no faults, an empty log."""
@@ -530,6 +541,10 @@ class PluginSuite(ABC):
 class OverHttp(PluginSuite):
     """What a plugin must do besides if its service speaks HTTP."""
 
+    def handle_of(self, name: str) -> Any:
+        """The handle of a job with this id; refused where the vendor has no such ids."""
+        raise NotImplementedError
+
     async def test_a_redirect_is_not_followed(self, service: Service, tmp_path: Path) -> None:
         """CASE-255: it would carry the credentials along."""
         elsewhere = Reply(307, b"", {"Location": NOWHERE})
@@ -539,13 +554,26 @@ class OverHttp(PluginSuite):
         assert outcome.info.phase is Phase.PERMANENT_FAILURE, outcome.info
         assert (service.made(), len(service.times("create"))) == (0, 1)
 
-    @pytest.mark.parametrize(
-        "body", [b"<html>Bad Gateway</html>", b"", b'{"state": "runn', b'{"state": "l\xe4uft"}']
-    )
+    @pytest.mark.parametrize("body", NONSENSE)
+    async def test_a_create_whose_answer_has_no_sense_makes_no_second_job(
+        self, service: Service, tmp_path: Path, body: bytes
+    ) -> None:
+        """CASE-254: it is a system failure, after which a job may exist."""
+        service.spoil(Fault("create", Reply(200, body), carried_out=True))
+        with self.host(tmp_path, service) as host:
+            outcome = await self.outcome(host, self.job())
+        assert service.made() == 1
+        if self.guarantee == "at-most-once":
+            assert outcome.info.err is not None
+            assert outcome.info.err.code == "CreateOutcomeUnknown"
+        else:
+            assert outcome.info.phase is Phase.SUCCESS, outcome.info
+
+    @pytest.mark.parametrize("body", [*NONSENSE, TOO_LARGE], ids=lambda body: str(body[:9]))
     async def test_a_read_without_sense_loses_no_job(
         self, service: Service, tmp_path: Path, body: bytes
     ) -> None:
-        """CASE-254: a proxy's page, nothing at all, half an answer, another charset."""
+        """CASE-254: nor does more than a client reads."""
         for op in ("get", "get_many"):
             service.spoil(Fault(op, Reply(200, body)))
         with self.host(tmp_path, service, speed=10) as host:
@@ -560,6 +588,42 @@ class OverHttp(PluginSuite):
             with pytest.raises(RemoteSystemError) as caught:
                 await plugin.create(self.view(self.job()))
         assert not caught.value.job_may_exist
+
+    @pytest.mark.parametrize("answers", [True, False])
+    async def test_a_service_that_can_not_be_reached_is_asked_again(
+        self, service: Service, tmp_path: Path, answers: bool
+    ) -> None:
+        """CASE-259, CASE-260: no handshake, or nobody there: nothing was sent, so no outcome is unknown."""
+        port = free_port()
+        url = f"https://127.0.0.1:{port}" if answers else f"http://127.0.0.1:{port}"
+        elsewhere = cast(Service, _Elsewhere(service, url))
+        async with garbled(port if answers else 0) as heard:
+            with self.host(tmp_path, elsewhere, maxCreateAttempts=3) as host:
+                outcome = await self.outcome(host, self.job())
+        assert outcome.info.phase is Phase.RETRYABLE_FAILURE, outcome.info
+        assert outcome.info.err is not None
+        assert (outcome.info.err.code, outcome.info.err.kind) == ("ConnectError", "system")
+        assert len(heard) >= (3 if answers else 0)
+        assert not any(b"HTTP" in hello for hello in heard)
+
+    @pytest.mark.parametrize("name", ["9007199254740993001", "a/b ?#%&\u00fc'\""])
+    async def test_an_id_reaches_the_service_as_it_is(
+        self, service: Service, plugin: AsyncPlugin[Any, Any], name: str
+    ) -> None:
+        """CASE-256, CASE-257: after a stay in the ledger; no float, and encoded where it is part of an address."""
+        try:
+            handle = self.handle_of(name)
+        except ValidationError:
+            assert not name.isdigit()  # the vendor's ids are numbers
+            return
+        meta = cast(type[BaseModel], type(handle))
+        handle: Any = meta.model_validate_json(handle.model_dump_json())
+        for call in (plugin.get(GetView(handle)), plugin.delete(DeleteView(handle, "enough"))):
+            before = len(service.seen)
+            with suppress(RemoteError):
+                await call
+            asked = next(seen for seen in service.seen[before:] if seen.op != "token")
+            assert any(value.endswith(name) for value in _values(asked)), asked
 
     async def test_credentials_do_not_travel_in_the_clear(self, service: Service) -> None:
         """CASE-258: unless the connection allows it."""
@@ -604,6 +668,26 @@ class _NoMetrics:
     def count(self, name: str, amount: float = 1, /, **labels: str) -> None: ...
 
     def observe(self, name: str, value: float, /, **labels: str) -> None: ...
+
+
+def _values(seen: Seen) -> Iterator[str]:
+    """Everything that a request says: parts of its path, parameters, what is in its body."""
+    yield from map(unquote, seen.path.split("/"))
+    yield from (value for _, value in parse_qsl(seen.query))
+    yield from _leaves(seen.json if seen.body else None)
+
+
+def _leaves(data: Any) -> Iterator[str]:
+    match data:
+        case dict():
+            parts = cast(dict[str, Any], data).values()
+        case list():
+            parts = cast(list[Any], data)
+        case _:
+            yield str(data)
+            return
+    for part in parts:
+        yield from _leaves(part)
 
 
 def _shown(info: PhaseInfo) -> bool:

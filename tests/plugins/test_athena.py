@@ -93,6 +93,9 @@ class TestAthena(OverHttp):
     def unknown_handle(self) -> QueryHandle:
         return QueryHandle(id="00000000-0000-4000-8000-000000000000")
 
+    def handle_of(self, name: str) -> QueryHandle:
+        return QueryHandle(id=name)
+
     # --- tokens ------------------------------------------------------------------------------
 
     async def test_one_token_is_one_query(

@@ -124,6 +124,9 @@ class TestBigQuery(OverHttp):
     def unknown_handle(self) -> JobHandle:
         return HANDLE
 
+    def handle_of(self, name: str) -> JobHandle:
+        return HANDLE.model_copy(update={"job_id": name})
+
     # --- one job under our id ----------------------------------------------------------------
 
     async def test_a_job_of_ours_that_is_met_is_adopted(

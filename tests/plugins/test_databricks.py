@@ -206,6 +206,9 @@ class TestDatabricks(OverHttp):
     def unknown_handle(self) -> RunHandle:
         return RunHandle(run_id="7")
 
+    def handle_of(self, name: str) -> RunHandle:
+        return RunHandle(run_id=name)
+
 
 class TestDatabricksOAuth(TestDatabricks):
     """As a service principal: what differs is where the token comes from, so only what looks at it is run again."""
@@ -341,7 +344,7 @@ async def test_a_saved_job_runs_with_its_parameters_and_gives_each_tasks_output(
 async def test_ids_that_no_float_can_hold_stay_exact(
     server: DatabricksServer, plugin: DatabricksPlugin
 ) -> None:
-    """CASE-257."""
+    """CASE-256."""
     handle = await plugin.create(task_of(SubmitRun(tasks=[notebook(seconds="600")])))
     assert int(handle.run_id) > FIRST_RUN_ID > 2**53
     assert float(handle.run_id) != int(handle.run_id)

@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, cast
@@ -33,10 +33,11 @@ from prefect_webapi import (
     Phase,
     PhaseInfo,
     PluginConfig,
+    RemoteError,
     RemoteSystemError,
 )
 from prefect_webapi.contract.plugin import PluginEntry
-from prefect_webapi.engine.contexts import GetView, StatusView
+from prefect_webapi.engine.contexts import DeleteView, GetView, StatusView
 from prefect_webapi.engine.host import Host
 from prefect_webapi.engine.request import Outcome as Ended
 from prefect_webapi_flyte import (
@@ -57,15 +58,17 @@ from tests.plugins.suite import (
     MESSAGE,
     WITHIN,
     BlockSuite,
+    Op,
     Outcome,
     PluginSuite,
     Service,
     contents,
 )
 from tests.servers.base import Fault, Reply
-from tests.servers.flyte_connector import FlyteConnectorServer, refusal
+from tests.servers.flyte_connector import NONSENSE, FlyteConnectorServer, refusal
 from tests.support.engine import QUICK, Told, engine, request
 from tests.support.waiting import eventually
+from tests.support.wire import free_port, garbled
 from tests.support.witness import records
 
 REPOSITORY = Path(__file__).parents[2]
@@ -217,6 +220,39 @@ class TestFlyteConnector(PluginSuite):
             is_encrypted=True,
             meta=meta.decode(),
         )
+
+    # --- what the wire brings ----------------------------------------------------------------
+
+    @pytest.mark.parametrize("op", ["create", "get"])
+    async def test_a_message_without_sense_makes_no_second_job_and_loses_none(
+        self, service: FlyteConnectorServer, tmp_path: Path, op: Op
+    ) -> None:
+        """CASE-254: although its status is OK. Whether a job was made nobody knows, and no connector can be asked."""
+        service.spoil(Fault(op, NONSENSE, carried_out=True))
+        with self.host(tmp_path, service) as running:
+            ended = await self.outcome(running, self.job(result="the figures"))
+        assert service.made() == 1
+        if op == "create":
+            assert code_of(ended) == "CreateOutcomeUnknown"
+        else:
+            assert "the figures" in str(ended.value)
+
+    @pytest.mark.parametrize("name", ["9007199254740993001", "a/b ?#%&\u00fc'"])
+    async def test_what_a_connector_gave_comes_back_byte_by_byte(
+        self, service: FlyteConnectorServer, plugin: ConnectorPlugin, name: str
+    ) -> None:
+        """CASE-256, CASE-257: whatever ids are in it, after a stay in the ledger."""
+        meta = f'{{"job_id": "{name}", "auth_token": ""}}'.encode()
+        handle = self.unknown_handle().model_copy(
+            update={"meta": Fernet(KEY).encrypt(meta).decode()}
+        )
+        handle = ConnectorHandle.model_validate_json(handle.model_dump_json())
+        for call in (plugin.get(GetView(handle)), plugin.delete(DeleteView(handle, "enough"))):
+            with suppress(RemoteError):
+                await call
+        get, delete = service.seen
+        assert pb.GetTaskRequest.FromString(get.body).resource_meta == meta
+        assert pb.DeleteTaskRequest.FromString(delete.body).resource_meta == meta
 
     # --- what a resource says ----------------------------------------------------------------
 
@@ -391,17 +427,6 @@ async def test_a_connectors_exception_is_told_without_its_traceback(
         ended = await outcome(running, sleeper(create_error=MESSAGE))
     assert f"INTERNAL: RuntimeError: {MESSAGE}" in told_by(ended)
     assert "Traceback" not in told_by(ended)
-
-
-async def test_a_connector_that_is_not_there_leaves_nothing_in_doubt(
-    server: FlyteConnectorServer, tmp_path: Path
-) -> None:
-    """SPEC 2.5: what was not sent made nothing, so that it may be repeated."""
-    block = block_of(server).model_copy(update={"address": "127.0.0.1:9"})
-    with host(tmp_path, block, createTimeout="500ms", maxCreateAttempts=2) as running:
-        ended = await outcome(running, sleeper())
-    assert code_of(ended) == "UNAVAILABLE"
-    assert ended.info.phase is Phase.RETRYABLE_FAILURE
 
 
 async def test_a_message_that_is_too_large_for_the_connector_is_the_users_fault(
@@ -700,6 +725,23 @@ async def test_a_connector_over_tls_is_believed_only_if_it_is_trusted(
     assert server.ops() == []
     roots = server.certificate.decode()
     assert await task_types(block.model_copy(update={"root_certificates": roots}))
+
+
+@pytest.mark.parametrize("tls", [True, False])
+async def test_a_connector_that_can_not_be_reached_is_asked_again(
+    server: FlyteConnectorServer, tmp_path: Path, tls: bool
+) -> None:
+    """CASE-259, CASE-260: no handshake, or nobody there: nothing was sent, so no outcome is unknown."""
+    port = free_port()
+    block = block_of(server, tls=tls).model_copy(update={"address": f"127.0.0.1:{port}"})
+    async with garbled(port if tls else 0) as heard:
+        with host(tmp_path, block, createTimeout="600ms", maxCreateAttempts=3) as running:
+            ended = await outcome(running, sleeper())
+    assert ended.info.phase is Phase.RETRYABLE_FAILURE, ended.info
+    assert (code_of(ended), ended.info.kind) == ("UNAVAILABLE", "system")
+    assert "nothing was sent" in told_by(ended)
+    assert bool(heard) == tls
+    assert server.ops() == []
 
 
 # --- calls -----------------------------------------------------------------------------------

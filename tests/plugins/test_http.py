@@ -175,6 +175,9 @@ class TestJobServer(DescribedSuite):
     def unknown_handle(self) -> JobHandle:
         return JobHandle(fields={"id": "nobody"})
 
+    def handle_of(self, name: str) -> JobHandle:
+        return JobHandle(fields={"id": name})
+
     # --- what is particular to it ------------------------------------------------------------
 
     async def test_create_sends_inputs_fingerprint_and_labels_as_data(
@@ -298,6 +301,9 @@ class TestMessageQueue(DescribedSuite):
 
     def unknown_handle(self) -> JobHandle:
         return JobHandle(fields={"number": 9_007_199_254_740_999_999})
+
+    def handle_of(self, name: str) -> JobHandle:
+        return JobHandle(fields={"number": int(name) if name.isdigit() else name})
 
     # --- what is particular to it ------------------------------------------------------------
 
@@ -526,6 +532,9 @@ class TestTaskFarm(DescribedSuite):
 
     def unknown_handle(self) -> JobHandle:
         return JobHandle(fields={"id": "team x/nobody"})
+
+    def handle_of(self, name: str) -> JobHandle:
+        return JobHandle(fields={"id": name})
 
     # --- what is particular to it ------------------------------------------------------------
 

@@ -248,3 +248,6 @@ class TestJobServer(OverHttp):
 
     def unknown_handle(self) -> JobHandle:
         return JobHandle(name="nobody")
+
+    def handle_of(self, name: str) -> JobHandle:
+        return JobHandle(name=name)

@@ -117,6 +117,9 @@ class TestSnowflake(OverHttp):
     def unknown_handle(self) -> StatementHandle:
         return HANDLE
 
+    def handle_of(self, name: str) -> StatementHandle:
+        return StatementHandle(statement=name)
+
     @pytest.mark.parametrize("phase", ["never"])
     async def test_a_cancelled_job_is_over_at_the_service(
         self, service: Service, tmp_path: Path, phase: Literal["queued", "never"]

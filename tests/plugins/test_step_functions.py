@@ -93,6 +93,9 @@ class TestStepFunctions(OverHttp):
     def unknown_handle(self) -> ExecutionHandle:
         return ExecutionHandle(arn=run_of().execution_arn("nobody"))
 
+    def handle_of(self, name: str) -> ExecutionHandle:
+        return ExecutionHandle(arn=run_of().execution_arn(name))
+
     @pytest.mark.parametrize("phase", ["never"])
     async def test_a_cancelled_job_is_over_at_the_service(
         self, service: Service, tmp_path: Path, phase: Literal["queued", "never"]

@@ -31,7 +31,7 @@ from google.rpc.status_pb2 import Status
 
 from tests.servers.base import Fault, Reply, Seen, serve, strike
 
-__all__ = ["FlyteConnectorServer", "refusal"]
+__all__ = ["NONSENSE", "FlyteConnectorServer", "refusal"]
 
 OPS = {
     "CreateTask": "create",
@@ -48,6 +48,8 @@ OF_HTTP = {  # what gRPC's clients make of an answer that isn't gRPC's
     404: grpc.StatusCode.UNIMPLEMENTED,
     **dict.fromkeys((429, 502, 503, 504), grpc.StatusCode.UNAVAILABLE),
 }
+NONSENSE = Reply(0, b"\xff\xff no message of protobuf")
+"""For a `Fault`: OK, and a message that nobody can read."""
 UNLIMITED = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
 
 
@@ -169,6 +171,9 @@ class FlyteConnectorServer:
                     context.abort(told.code(), told.details())
         if fault is not None and fault.reply is None:
             self._line.cut()
+        if fault is not None and fault.reply == NONSENSE:
+            yield NONSENSE.content
+            return
         if fault is not None:
             _abort(context, fault.reply or refusal(grpc.StatusCode.UNAVAILABLE, "never seen"))
         while self.is_endless and context.is_active():
