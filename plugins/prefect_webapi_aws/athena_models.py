@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from decimal import Decimal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AliasPath,
@@ -22,7 +23,8 @@ from prefect_webapi import JobSpec
 QUERY_BYTES = 262_144
 PARAMETER_CHARACTERS = 1024
 
-Parameter = StrictStr | StrictBool | StrictInt | StrictFloat | None
+Exact = Annotated[Decimal, Field(strict=True, allow_inf_nan=False)]
+Parameter = StrictStr | StrictBool | StrictInt | Exact | StrictFloat | None
 
 
 class Column(BaseModel):
@@ -141,5 +143,7 @@ def _literal(value: Parameter) -> str:
             return str(value).upper()
         case int() | float():
             return repr(value).upper()
+        case Decimal():
+            return f"{value:f}"  # with an exponent it would be a floating number
         case str():
             return "'" + value.replace("'", "''") + "'"

@@ -19,7 +19,6 @@ _TYPES = {  # of query parameters; a datetime is a date, and a bool an int, so t
     bool: "BOOL",
     int: "INT64",
     float: "FLOAT64",
-    Decimal: "NUMERIC",
     str: "STRING",
     datetime: "TIMESTAMP",
     date: "DATE",
@@ -55,8 +54,9 @@ class BigQueryJob(JobSpec[BigQueryResult]):
 
     Attributes:
         query: GoogleSQL.
-        parameters: values for `@name` in the query, bound by BigQuery: bool, int, float, Decimal, str, date,
-            datetime (with a time zone: TIMESTAMP, without: DATETIME), or a list of one of these.
+        parameters: values for `@name` in the query, bound by BigQuery: bool, int, float, Decimal (NUMERIC, or
+            BIGNUMERIC where it has more digits), str, date, datetime (with a time zone: TIMESTAMP, without:
+            DATETIME), or a list of one of these.
         destination: table for the result, ``dataset.table`` or ``project.dataset.table``.
         maximum_bytes_billed: the query fails, unbilled, if it would read more.
         rows: fetch the rows; False: the task returns only the table that holds them.
@@ -131,6 +131,8 @@ def _parameter(name: str, value: Any) -> dict[str, Any]:
         raise ValueError(f"{name!r} can't be the name of a parameter")
     items = cast(list[Any], value) if isinstance(value, list) else [value]
     kinds = {_type(item) for item in items}
+    if kinds == {"NUMERIC", "BIGNUMERIC"}:
+        kinds = {"BIGNUMERIC"}
     if len(kinds) != 1 or None in kinds:
         raise ValueError(
             f"parameter {name!r} is {value!r}: BigQuery needs its type. Give a bool, int, float, Decimal, str, date "
@@ -148,7 +150,23 @@ def _parameter(name: str, value: Any) -> dict[str, Any]:
 def _type(value: Any) -> str | None:
     if isinstance(value, datetime) and value.tzinfo is None:
         return "DATETIME"
+    if isinstance(value, Decimal):
+        return _exact_type(value)
     return next((name for kind, name in _TYPES.items() if isinstance(value, kind)), None)
+
+
+def _exact_type(value: Decimal) -> str:
+    """The smaller one that holds all digits. Source: BigQuery's reference, "Decimal types"."""
+    _, digits, exponent = value.as_tuple()
+    if isinstance(exponent, int):  # else it is NaN or infinite
+        whole, scale = len(digits) + exponent, -exponent
+        for kind, most_whole, most_scale in (("NUMERIC", 29, 9), ("BIGNUMERIC", 38, 38)):
+            if whole <= most_whole and scale <= most_scale:
+                return kind
+    raise ValueError(
+        f"{value} is no BIGNUMERIC, which has 38 digits before the point and 38 behind it. Round it, or give it as "
+        "text"
+    )
 
 
 def _text(value: Any) -> str | None:

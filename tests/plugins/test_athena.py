@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -350,6 +351,7 @@ class TestAthena(OverHttp):
         ({"query": "x" * 262_145}, "it has 262145 bytes, Athena takes 262144"),
         ({"query": "SELECT ?", "parameters": ["'" * 600]}, "number 0 has 1202 characters"),
         ({"query": "SELECT ?", "parameters": [1, float("inf")]}, "number 1 is inf"),
+        ({"query": "SELECT ?", "parameters": [Decimal("NaN")]}, "number 0 is nan"),
         ({"query": "SELECT 1", "output_location": "bucket"}, "output_location"),
         ({"query": "SELECT 1", "work_group": "my group"}, "work_group"),
     ],
@@ -358,6 +360,12 @@ def test_a_spec_that_can_not_work_is_refused(given: dict[str, Any], told: str) -
     """CASE-267: field, value and remedy, before any request."""
     with pytest.raises(ValidationError, match=told):
         AthenaQuery(**given)
+
+
+def test_exact_numbers_keep_their_digits() -> None:
+    numbers = (Decimal("12345678901234567.89"), Decimal("0.10"), Decimal("1E-10"))
+    spec = AthenaQuery(query="SELECT ?", parameters=numbers)
+    assert spec.literals == ["12345678901234567.89", "0.10", "0.0000000001"]
 
 
 def test_the_parameters_survive_their_way_through_json() -> None:

@@ -454,6 +454,9 @@ def test_every_type_of_a_column_becomes_a_value() -> None:
         (7, "INT64", "7"),
         (0.5, "FLOAT64", "0.5"),
         (Decimal("0.10"), "NUMERIC", "0.10"),
+        (Decimal("9" * 29 + ".123456789"), "NUMERIC", "9" * 29 + ".123456789"),
+        (Decimal("0.1234567891"), "BIGNUMERIC", "0.1234567891"),
+        (Decimal("1" + "0" * 29), "BIGNUMERIC", "1" + "0" * 29),
         ("it's", "STRING", "it's"),
         (datetime(2026, 1, 2, 3, tzinfo=UTC), "TIMESTAMP", "2026-01-02 03:00:00+00:00"),
         (datetime(2026, 1, 2, 3), "DATETIME", "2026-01-02 03:00:00"),  # noqa: DTZ001 - without a time zone on purpose
@@ -471,10 +474,19 @@ def test_a_value_is_bound_with_its_type(value: Any, kind: str, text: str) -> Non
     }
 
 
+def test_numbers_of_one_list_have_one_type() -> None:
+    """As many digits as the longest of them needs."""
+    spec = BigQueryJob(query="SELECT @v", parameters={"v": [Decimal(1), Decimal("1e-10")]})
+    (sent,) = spec.as_configuration(PROJECT, {})["query"]["queryParameters"]
+    assert sent["parameterType"] == {"type": "ARRAY", "arrayType": {"type": "BIGNUMERIC"}}
+
+
 @pytest.mark.parametrize(
     ("spec", "told"),
     [
         ({}, "give `query`"),
+        ({"query": "SELECT @a", "parameters": {"a": Decimal("1e-39")}}, "1E-39 is no BIGNUMERIC"),
+        ({"query": "SELECT @a", "parameters": {"a": Decimal("NaN")}}, "NaN is no BIGNUMERIC"),
         ({"query": "SELECT 1", "configuration": {"load": {}}}, "give `query`"),
         ({"query": "SELECT 1", "configuration": {"dryRun": True}}, "use `labels` and `dry_run`"),
         ({"query": "SELECT @a", "parameters": {"a": None}}, "parameter 'a' is None"),
