@@ -358,6 +358,15 @@ class ErrorRule(Rule):
     code: str | None = None
     job_may_exist: bool | None = None
 
+    @model_validator(mode="after")
+    def _makes_no_second_job(self) -> Self:
+        if self.means == "auth" and self.job_may_exist:
+            raise ValueError(
+                "a create whose credential was refused is sent again with a new one: if a job may exist all the "
+                "same, it means `system`"
+            )
+        return self
+
 
 class Wait(Part):
     """Where an answer says how long to wait. `s` may be a date too, as in `Retry-After`; `date`: ISO 8601 or Unix."""

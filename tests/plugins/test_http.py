@@ -646,6 +646,10 @@ UNWORKABLE: list[tuple[dict[str, Any], str]] = [
     ({"errors": [{"means": "user"}]}, "errors.0: .*fits every answer"),
     ({"errors": [{"means": "user", "pattern": "("}]}, "errors.0.pattern: "),
     ({"errors": [{"means": "user", "status": [400], "pointer": "/a"}]}, "needs a pattern"),
+    (
+        {"errors": [{"means": "auth", "status": [419], "jobMayExist": True}]},
+        "errors.0: .*it means `system`",
+    ),
     ({"throttle": [{"status": [420], "wait": {}}]}, "throttle.0.wait: .*exactly one of"),
     ({"auth": "sigv4"}, "auth: .*'sigv4'.*'oauth2ClientCredentials'"),
     ({"auth": "mtls"}, "auth: .*'mtls'"),
