@@ -9,18 +9,17 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, Protocol, Self
 
-import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from prefect_webapi.testing import serve_app
 from prefect_webapi.testing.asgi import Collected, abort, answer, replay, whole_body
 
 __all__ = ["Fault", "Reply", "Seen", "Server", "serve", "strike"]
-
-START_SECONDS = 20.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,9 +104,7 @@ class Server(ABC):
         self.seen: list[Seen] = []
         self.faults: list[Fault] = []
         self._port = port
-        self._server: uvicorn.Server | None = None
-        self._thread: threading.Thread | None = None
-        self._failure: BaseException | None = None
+        self._open = ExitStack()
 
     @property
     @abstractmethod
@@ -150,39 +147,11 @@ class Server(ABC):
     # --- the socket --------------------------------------------------------------------------
 
     def __enter__(self) -> Self:
-        config = uvicorn.Config(
-            self._spoiled,
-            host="127.0.0.1",
-            port=self._port,
-            log_config=None,
-            lifespan="off",
-            interface="asgi3",
-            proxy_headers=False,
-        )
-        self._server = server = uvicorn.Server(config)
-        self._thread = threading.Thread(target=self._run, args=(server,), name=type(self).__name__)
-        self._thread.start()
-        deadline = time.monotonic() + START_SECONDS
-        while not server.started:
-            if self._failure is not None or time.monotonic() > deadline:
-                self.__exit__()
-                raise RuntimeError(f"{type(self).__name__} did not start") from self._failure
-            time.sleep(0.005)
-        port = server.servers[0].sockets[0].getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
+        self.url = self._open.enter_context(serve_app(self._spoiled, port=self._port))
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        if self._server is not None and self._thread is not None:
-            self._server.should_exit = True
-            self._server.force_exit = True
-            self._thread.join(START_SECONDS)
-
-    def _run(self, server: uvicorn.Server) -> None:
-        try:
-            server.run()
-        except BaseException as error:  # noqa: BLE001 - uvicorn leaves by SystemExit; `__enter__` tells
-            self._failure = error
+        self._open.close()
 
     async def _spoiled(self, scope: Scope, receive: Receive, send: Send) -> None:
         assert scope["type"] == "http"
