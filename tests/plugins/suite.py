@@ -29,6 +29,7 @@ from prefect_webapi import (
     ErrorKind,
     Guarantee,
     JobSpec,
+    NotFound,
     Phase,
     PhaseInfo,
     PluginConfig,
@@ -544,6 +545,18 @@ class OverHttp(PluginSuite):
     def handle_of(self, name: str) -> Any:
         """The handle of a job with this id; refused where the vendor has no such ids."""
         raise NotImplementedError
+
+    async def test_a_thousand_calls_share_one_token(
+        self, service: Service, plugin: AsyncPlugin[Any, Any]
+    ) -> None:
+        """At once, before there is one; where a service has tokens."""
+        if not self.has_tokens:
+            return
+        handle = GetView(self.unknown_handle())
+        reads = (plugin.get(handle) for _ in range(1000))
+        answers = await asyncio.gather(*reads, return_exceptions=True)
+        assert all(isinstance(answer, NotFound) for answer in answers)
+        assert (len(service.times("get")), len(service.times("token"))) == (1000, 1)
 
     async def test_a_redirect_is_not_followed(self, service: Service, tmp_path: Path) -> None:
         """CASE-255: it would carry the credentials along."""
