@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator
+from contextlib import aclosing
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -22,6 +23,7 @@ from prefect_webapi import (
     EngineSettings,
     Phase,
     PluginConfig,
+    RemoteClient,
     RemoteError,
     RemoteSystemError,
     RemoteUserError,
@@ -376,6 +378,12 @@ class TestBigQuery(OverHttp):
             await GoogleToken(SecretStr(service.key_file(token_uri="http://127.0.0.1:9/token")))()
 
 
+@pytest.fixture
+def server() -> Iterator[BigQueryServer]:
+    with BigQueryServer() as server:
+        yield server
+
+
 def answer(reply: Reply) -> Answer:
     return Answer(reply.status, {}, reply.content)
 
@@ -517,3 +525,42 @@ async def test_googles_library_is_asked_for_by_its_extra(monkeypatch: pytest.Mon
         run_path(str(module.__file__))
     with pytest.raises(ConfigurationError, match=r"prefect-webapi\[gcp\]"):
         await GoogleToken(None)()
+
+
+# --- the server that all of this rests on ----------------------------------------------------
+
+QUERY = {"query": {"query": "SELECT 1", "useLegacySql": False}}
+JOBS = f"/bigquery/v2/projects/{PROJECT}/jobs"
+REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    ({"configuration": {**QUERY, "lables": {}}}, {}, "invalid"),
+    ({"configuration": {"query": {"query": 5}}}, {}, "invalid"),
+    ({"configuration": {}}, {}, "required"),
+    ({"configuration": {**QUERY, "labels": {"Upper": "x"}}}, {}, "invalid"),
+    ({"configuration": QUERY, "jobReference": {"projectId": "another"}}, {}, "invalid"),
+    ({"configuration": QUERY, "jobReference": {"location": "nowhere-1"}}, {}, "notFound"),
+    ({"configuration": QUERY}, {"locaton": REGION}, "badRequest"),
+]
+
+
+async def api_of(server: BigQueryServer) -> RemoteClient:
+    token = await GoogleToken(SecretStr(server.key_file()))()
+    return RemoteClient(server.url, token=token.value)
+
+
+@pytest.mark.parametrize(("body", "params", "reason"), REFUSED)
+async def test_the_server_refuses_what_bigquery_refuses(
+    server: BigQueryServer, body: dict[str, Any], params: dict[str, Any], reason: str
+) -> None:
+    async with aclosing(await api_of(server)) as api:
+        refused = await api.request("POST", JOBS, json=body, params=params)
+    assert refused.status in (400, 404)
+    assert refused.at("error", "errors", 0, "reason") == reason
+    assert server.made() == 0
+
+
+async def test_the_server_knows_who_asks_and_takes_only_json(server: BigQueryServer) -> None:
+    async with aclosing(await api_of(server)) as api:
+        form = await api.request("POST", JOBS, form={"configuration": "{}"})
+    async with aclosing(RemoteClient(server.url, token=SecretStr("stolen"))) as thief:
+        stranger = await thief.request("POST", JOBS, json={"configuration": QUERY})
+    assert (form.status, stranger.status, server.made()) == (400, 401, 0)

@@ -7,6 +7,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator
+from contextlib import aclosing
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -26,6 +27,7 @@ from prefect_webapi import (
     NotFound,
     Phase,
     PluginConfig,
+    RemoteClient,
 )
 from prefect_webapi.engine.contexts import DeleteView, GetView
 from prefect_webapi_snowflake import Snowflake, SnowflakeJob, auth, entry
@@ -525,3 +527,52 @@ async def test_the_library_for_tokens_is_asked_for_by_its_extra(
         run_path(str(module.__file__))
     with pytest.raises(ConfigurationError, match=r"prefect-webapi\[snowflake\]"):
         await KeyPair("org-account", "me", SecretStr("any"), None)()
+
+
+# --- the server that all of this rests on ----------------------------------------------------
+
+STATEMENTS, ASYNC = "/api/v2/statements", {"async": "true"}
+ONE: dict[str, Any] = {"statement": "SELECT 1"}
+REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    ({**ONE, "bindngs": {}}, ASYNC, "391917"),
+    ({**ONE, "timeout": "60"}, ASYNC, "391917"),
+    ({**ONE, "bindings": {"1": {"type": "NUMBER", "value": "1"}}}, ASYNC, "391917"),
+    ({**ONE, "bindings": {"2": {"type": "TEXT", "value": "x"}}}, ASYNC, "391910"),
+    ({**ONE, "parameters": {"colour": "red"}}, ASYNC, "391918"),
+    (ONE, {**ASYNC, "requestID": "x"}, "391901"),
+    (ONE, {**ASYNC, "requestId": "no uuid"}, "391904"),
+    (ONE, {"async": "yes"}, "391901"),
+]
+
+
+def api_of(server: SnowflakeServer, token: str = CANARY, **headers: str) -> RemoteClient:
+    kind = {"X-Snowflake-Authorization-Token-Type": "PROGRAMMATIC_ACCESS_TOKEN"}
+    return RemoteClient(server.url, token=SecretStr(token), headers=kind | headers)
+
+
+@pytest.fixture
+def server() -> Iterator[SnowflakeServer]:
+    with SnowflakeServer(token=CANARY) as server:
+        yield server
+
+
+@pytest.mark.parametrize(("body", "params", "code"), REFUSED)
+async def test_the_server_refuses_what_snowflake_refuses(
+    server: SnowflakeServer, body: dict[str, Any], params: dict[str, Any], code: str
+) -> None:
+    async with aclosing(api_of(server)) as api:
+        refused = await api.request("POST", STATEMENTS, json=body, params=params)
+    assert (refused.status, refused.at("code"), server.made()) == (400, code, 0)
+
+
+async def test_the_server_knows_who_asks_and_for_what(server: SnowflakeServer) -> None:
+    asked = {
+        401: api_of(server, "stolen"),
+        400: api_of(server, **{"User-Agent": ""}),
+        415: api_of(server, **{"Content-Type": "text/plain"}),
+    }
+    for status, api in asked.items():
+        async with aclosing(api):
+            answer = await api.request("POST", STATEMENTS, json=ONE, params=ASYNC)
+        assert answer.status == status, answer.text
+    assert server.made() == 0

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import json
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 from pydantic import HttpUrl, SecretStr, ValidationError
 
-from prefect_webapi import AuthError, EngineSettings, NotFound, Phase, PluginConfig
+from prefect_webapi import (
+    AuthError,
+    EngineSettings,
+    NotFound,
+    Phase,
+    PluginConfig,
+    RemoteClient,
+    RemoteUserError,
+)
 from prefect_webapi.engine.contexts import DeleteView, GetView
 from prefect_webapi.engine.host import Host
 from prefect_webapi.engine.request import Outcome as Ended
 from prefect_webapi_aws import StateMachineRun, StepFunctions, express_entry, step_functions_entry
+from prefect_webapi_aws.sigv4 import AwsJson, Signer
 from prefect_webapi_aws.step_functions import Execution, ExecutionHandle, StepFunctionsPlugin
 from tests.plugins.suite import CANARY, MESSAGE, Outcome, OverHttp, Service
 from tests.servers.aws import REGION, refused
@@ -257,6 +266,46 @@ class TestStepFunctions(OverHttp):
                         await other.create(self.view(self.job("never")))
                     assert caught.value.code == expected
                 await other.aclose()
+
+    @pytest.mark.parametrize(
+        ("operation", "fields", "code"),
+        [
+            ("StartExecution", {"stateMachineArn": MACHINE, "nam": "x"}, "ValidationException"),
+            ("StartExecution", {"stateMachineArn": MACHINE, "name": 5}, "ValidationException"),
+            ("StartExecution", {"name": "x"}, "ValidationException"),
+            (
+                "StartExecution",
+                {"stateMachineArn": MACHINE, "name": "x" * 81},
+                "ValidationException",
+            ),
+            ("BeginExecution", {}, "UnknownOperationException"),
+        ],
+    )
+    async def test_the_server_refuses_what_aws_refuses(
+        self, service: StepFunctionsServer, operation: str, fields: dict[str, Any], code: str
+    ) -> None:
+        """By botocore's own model of the service, before moto, which is content with less, sees it."""
+        block = self.connection(service, PluginConfig(), EngineSettings())
+        async with aclosing(AwsJson(block, "states", "AWSStepFunctions", "1.0")) as api:
+            with pytest.raises(RemoteUserError) as caught:
+                await api.call(operation, **fields)
+        assert caught.value.code == code
+        assert service.made() == 0
+
+    async def test_the_server_wants_signed_json(self, service: StepFunctionsServer) -> None:
+        block = self.connection(service, PluginConfig(), EngineSettings())
+        wanted = {
+            "Content-Type": "application/x-amz-json-1.0",
+            "X-Amz-Target": "AWSStepFunctions.StartExecution",
+        }
+        for auth, headers, status in (
+            (None, wanted, 403),
+            (Signer(block, "athena"), wanted, 403),
+            (Signer(block, "states"), {**wanted, "Content-Type": "application/json"}, 400),
+        ):
+            async with aclosing(RemoteClient(service.url, auth=auth, headers=headers)) as api:
+                answer = await api.request("POST", "/", json={"stateMachineArn": MACHINE})
+            assert answer.status == status, answer.text
 
     # --- what is wrong before any request ----------------------------------------------------
 

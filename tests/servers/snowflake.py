@@ -214,6 +214,8 @@ class SnowflakeServer(Server):
         allow(request, "requestId", "async", "nullable", "retry")
         asked = request.query_params
         request_id, again = asked.get("requestId"), flag(asked, "retry")
+        if not flag(asked, "async"):
+            raise Refused(400, "391905", "This server runs statements asynchronously only.")
         given = body_of(await request.body(), request.headers.get("content-type", ""))
         if request_id is not None:
             try:
@@ -230,8 +232,6 @@ class SnowflakeServer(Server):
         self.statements[statement.handle] = statement
         if request_id is not None:
             self.requests[request_id] = statement.handle
-        if not flag(asked, "async"):
-            raise Refused(400, "391905", "This server runs statements asynchronously only.")
         return self._told(statement)
 
     def _started(self, given: Submitted) -> Statement:
