@@ -6,6 +6,7 @@ as `CASE-041` in its docstring; ranges are written out as `CASE-009 to CASE-013`
 
 from __future__ import annotations
 
+import ast
 import re
 import sys
 from collections.abc import Iterator
@@ -73,14 +74,14 @@ def proofs() -> dict[int, list[str]]:
 
 def _documented() -> Iterator[tuple[str, str]]:
     """Every test function and benchmark script with its docstring."""
-    definition = re.compile(
-        r'^(?:    )?(?:async )?def (test_\w+)\(.*?\)(?: -> None)?:\n\s+[rf]?"""(.*?)"""',
-        re.DOTALL | re.MULTILINE,
-    )
-    for path in sorted((ROOT / "tests").rglob("test_*.py")):
-        name = path.relative_to(ROOT)
-        for match in definition.finditer(path.read_text()):
-            yield f"{name}::{match.group(1)}", match.group(2)
+    tests = [*(ROOT / "tests").rglob("test_*.py"), ROOT / "tests/plugins/suite.py"]
+    for path in sorted(tests):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if (
+                isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+                and node.name[:5] == "test_"
+            ):
+                yield f"{path.relative_to(ROOT)}::{node.name}", ast.get_docstring(node) or ""
     for path in sorted((ROOT / "benchmarks").glob("*.py")):
         head = path.read_text().split('"""')
         if len(head) > 1:
