@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
 from uuid import UUID
 
+import psutil
 import pytest
 from prefect import flow, task, unmapped
 from prefect.cache_policies import INPUTS
@@ -19,6 +21,7 @@ from prefect.client.schemas.filters import (
 )
 from prefect.client.schemas.objects import StateType, TaskRun
 from prefect.runtime import flow_run
+from prefect.states import Cancelling
 from prefect.task_runners import ThreadPoolTaskRunner
 from prefect.transactions import atransaction, transaction
 
@@ -26,7 +29,7 @@ from prefect_webapi import JobFailed, RemoteTask, run_many, sync_task_for, task_
 from prefect_webapi.testing import EmbeddedJobServer
 from prefect_webapi_jobserver import Report, ReportJob
 from tests.support.engine import block
-from tests.support.prefect import prefect_leaks
+from tests.support.prefect import Child, PrefectServer, Scripts, prefect_leaks, save_block
 from tests.support.waiting import eventually_blocking
 
 pytestmark = pytest.mark.usefixtures("engine_here")
@@ -95,6 +98,8 @@ def test_a_retry_waits_its_delay_and_hooks_run(
 
     nightly()
     assert creates(job_server) == 3
+    first, second, _ = (mono for _, mono in specs_made(job_server))
+    assert second - first >= 0.1 + 0.3  # its job, the delay
     assert told == [
         "running",
         "running",
@@ -195,6 +200,69 @@ def test_map_takes_unmapped_and_futures_and_keeps_the_order(
     days_made = {spec["day"]: spec["result"] for spec, _ in specs_made(job_server)}
     assert days_made == {3: "c", 1: "a", 2: "b"}
     assert job_server.stats().peak_live <= 2
+
+
+PROCESSES = """
+    from prefect import flow, unmapped
+    from prefect.runtime import flow_run
+    from prefect.task_runners import ProcessPoolTaskRunner
+    from prefect_webapi_jobserver import run_job_sync
+
+    @flow(task_runner=ProcessPoolTaskRunner(max_workers=1))
+    def nightly(outcome: str):
+        print("RUN", flow_run.id, flush=True)
+        job = run_job_sync.with_options(connection="pool")
+        results, seconds = ["c", "a", "b"], unmapped(0.2)
+        futures = job.map(day=[3, 1, 2], result=results, seconds=seconds, outcome=unmapped(outcome))
+        return [future.result().data for future in futures]
+
+    if __name__ == "__main__":
+        print("GOT", nightly("succeed"), flush=True)
+        nightly("never")
+"""
+
+
+@pytest.mark.timeout(280)
+def test_a_pool_of_processes_makes_a_job_per_call_and_hears_of_a_cancel(
+    prefect_api: PrefectServer, scripts: Scripts, job_server: EmbeddedJobServer, tmp_path: Path
+) -> None:
+    """`ProcessPoolTaskRunner`: the pool's process has an engine of its own, on the same ledger."""
+    save_block(block(job_server), "pool")
+    ledger = f"sqlite:///{tmp_path / 'pool.db'}"
+    child = scripts.start(PROCESSES, PREFECT_INTEGRATIONS_WEBAPI_LEDGER_URL=ledger)
+    with children_ended(child):
+        assert child.process.stdout is not None
+        told = list(iter_until(child.process.stdout, "RUN", times=2))
+        assert "GOT ['c', 'a', 'b']\n" in told
+        assert (creates(job_server), job_server.stats().duplicates) == (3, {})
+        eventually_blocking(lambda: job_server.stats().live == 1, within=60)
+        run = UUID(told[-1].split()[1])
+        with_client(lambda client: client.set_flow_run_state(run, Cancelling()))
+        code, said = child.end(within=60)
+    assert code != 0, said
+    assert "CancelledRun: the flow run was cancelled" in said
+    assert (job_server.stats().live, job_server.stats().duplicates) == (0, {})
+
+
+def iter_until(lines: Iterable[str], start: str, *, times: int) -> Iterator[str]:
+    """Lines up to the one that is the last of so many that begin so."""
+    for line in lines:
+        yield line
+        times -= line.startswith(start)
+        if times == 0:
+            return
+    raise AssertionError(f"the output ended before {start}")
+
+
+@contextmanager
+def children_ended(child: Child) -> Generator[None]:
+    """A pool's process outlives a flow that is killed, and holds its output open: nobody would see its end."""
+    try:
+        yield
+    finally:
+        with suppress(psutil.NoSuchProcess):
+            for each in psutil.Process(child.process.pid).children(recursive=True):
+                each.kill()
 
 
 # --- transactions --------------------------------------------------------------------------------------
