@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pytest
 import yaml
@@ -32,6 +33,21 @@ def client(own_prefect_server: PrefectServer) -> Iterator[SyncPrefectClient]:
 
 def deployments(client: SyncPrefectClient) -> Sequence[Any]:
     return client.request("POST", "/deployments/filter", json={}).json()
+
+
+def job_events(client: SyncPrefectClient, run: UUID, *, ends: int) -> Sequence[Any]:
+    """Events of a flow run's jobs, once so many have told that they succeeded."""
+    wanted = {
+        "event": {"prefix": ["prefect-webapi.job."]},
+        "related": {"id": [f"prefect.flow-run.{run}"]},
+    }
+
+    def told() -> Sequence[Any]:
+        answer = client.request("POST", "/events/filter", json={"filter": wanted, "limit": 50})
+        found: Sequence[Any] = answer.json()["events"]
+        return found if sum(each["event"].endswith(".succeeded") for each in found) == ends else []
+
+    return eventually_blocking(told, within=30, every=0.2)
 
 
 @pytest.mark.timeout(600)
@@ -72,6 +88,14 @@ def test_every_flow_is_deployed_one_is_run_and_one_is_cancelled_half_way(
         report = operator.run("nightly/report", days=2)
         assert ended(client, report, log) == "Completed"
         assert (job_server.stats().created, job_server.stats().live) == (3, 0)
+        owners = {
+            (related["prefect.resource.role"], related["prefect.resource.id"])
+            for event in job_events(client, report, ends=3)
+            for related in event["related"]
+        }
+        deployment = ("deployment", f"prefect.deployment.{made['report']['id']}")
+        assert {("flow-run", f"prefect.flow-run.{report}"), deployment} <= owners
+        assert sum(role == "task-run" for role, _ in owners) == 3
 
         night = operator.run("quickstart/quickstart")
         eventually_blocking(lambda: job_server.stats().live == 2, within=150, every=0.2)
