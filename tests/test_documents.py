@@ -105,8 +105,12 @@ def test_every_link_leads_somewhere(document: str) -> None:
 
 
 def test_the_diagram_of_a_jobs_life_is_the_table_of_the_engine() -> None:
-    drawn = re.findall(r"^    (\w+) --> (\w+): (.+)$", text_of("docs/concepts.md"), re.MULTILINE)
-    assert sorted(drawn) == sorted(
+    """What leads back to its own state is told in words: drawn, its label lies on others."""
+    page = text_of("docs/concepts.md")
+    drawn = re.findall(r"^    (\w+) --> (\w+): (.+)$", page, re.MULTILINE)
+    told = [(to, to, event) for event, to in re.findall(r"\*([a-z ]+)\* to `([A-Z]+)`", page)]
+    assert all(state != to for state, to, _ in drawn)
+    assert sorted(drawn + told) == sorted(
         (state.value, to.value, event.value) for (state, event), to in TRANSITIONS.items()
     )
 
