@@ -7,7 +7,7 @@ from prefect_webapi import EngineSettings, PluginConfig, RateLimiterConfig
 
 
 class Acme(Block):
-    """An Acme account.
+    """An account at Acme.
 
     Example:
         Load the connection that is named like your account:
