@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -60,3 +60,14 @@ def page(
     SCREENSHOTS.mkdir(exist_ok=True)
     page.screenshot(path=SCREENSHOTS / f"{request.node.name}.png", full_page=True)
     page.close()
+
+
+@pytest.fixture
+def keep(page: Page, request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Keep what the tab shows now, beside what it shows at the end."""
+
+    def shot(what: str) -> None:
+        SCREENSHOTS.mkdir(exist_ok=True)
+        page.screenshot(path=SCREENSHOTS / f"{request.node.name}-{what}.png", full_page=True)
+
+    return shot

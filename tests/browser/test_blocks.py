@@ -61,7 +61,9 @@ def test_every_block_is_filled_in_here() -> None:
 
 
 @pytest.mark.parametrize("slug", sorted(FILLED))
-def test_a_block_is_made_and_changed_in_the_form(page: Page, slug: str) -> None:
+def test_a_block_is_made_and_changed_in_the_form(
+    page: Page, keep: Callable[[str], None], slug: str
+) -> None:
     """Nested defaults are filled in and described; what was made by hand loads, and so does what was changed."""
     kind, name = blocks()[slug], f"by-hand-{uuid4().hex[:6]}"
     apart(kind.register_type_and_schema)
@@ -75,6 +77,7 @@ def test_a_block_is_made_and_changed_in_the_form(page: Page, slug: str) -> None:
             assert page.get_by_text(each.description.split("`")[0]).count() > 0, each.description
     wanted: PluginConfig = kind.model_fields["engine"].get_default()
     assert field(page, "Qps").input_value() == str(wanted.read_rate_limiter.qps)
+    keep("form")
     page.get_by_role("button", name="Create").click()
     page.wait_for_url("**/blocks/block/*")
     made = loaded(kind, name)

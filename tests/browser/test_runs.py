@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -89,7 +89,11 @@ def card_of(page: Page, run: str, text: str) -> None:
 
 @pytest.mark.timeout(280)
 def test_states_reasons_links_cards_and_progress_are_seen(
-    page: Page, scripts: Scripts, job_server: EmbeddedJobServer, tmp_path: Path
+    page: Page,
+    keep: Callable[[str], None],
+    scripts: Scripts,
+    job_server: EmbeddedJobServer,
+    tmp_path: Path,
 ) -> None:
     """One job runs, one waits for its quota behind it; then the first ends, the second fails, and five more come."""
     child = start(scripts, job_server, tmp_path, "many")
@@ -98,12 +102,14 @@ def test_states_reasons_links_cards_and_progress_are_seen(
     open_tab(page, run, "Task Runs")
     page.get_by_text("AwaitingConcurrencySlot").first.wait_for()
     page.get_by_text("Running", exact=True).first.wait_for()
+    keep("waits")
     open_tab(page, run, "Logs")
     page.get_by_text("is AwaitingConcurrencySlot: quota").first.wait_for()
     page.get_by_text("limit 1, position").first.wait_for()
 
     card_of(page, run, "WAITING_FOR_RESOURCES")  # where it waits, and why
     assert page.get_by_text("limit 1, position").count() > 0
+    keep("why-it-waits")
 
     (first,) = job_server.jobs()
     job_server.end(first.name, "succeeded")
@@ -114,6 +120,7 @@ def test_states_reasons_links_cards_and_progress_are_seen(
     open_tab(page, run, "Artifacts")
     page.get_by_text("7 of 7 jobs are over, 1 of them failed").first.wait_for()
     assert page.get_by_text(f"jobs-{run}").count() >= 1  # one of the flow run, changed in place
+    keep("progress")
 
     card_of(page, run, "no figures")
     shown = page.inner_text("body")
@@ -128,6 +135,7 @@ def test_states_reasons_links_cards_and_progress_are_seen(
     ):
         assert part in shown, part
     assert TOKEN not in page.content()
+    keep("failed")
 
     card_of(page, run, "SUCCESS")
     assert first.name in page.inner_text("body")  # the service's own name for it
