@@ -76,7 +76,7 @@ async def show(
 ) -> None:
     """Show one job: its phases with times, attempts, handle, link, and how it ended or why not.
 
-    Example: `prefect-webapi jobs show wa-7f3k`
+    Example: `prefect-webapi jobs show j7eram0kez92w3t4x2bylg67kf`
     """
     from prefect_webapi.cli import screen, views
     from prefect_webapi.cli.ledger import no_such_job, reading
@@ -108,7 +108,7 @@ async def cancel(
 
     Exit code 0: all are over; 1: some have been asked to end and take their time.
 
-    Example: `prefect-webapi jobs cancel wa-7f3k --reason "wrong table"`
+    Example: `prefect-webapi jobs cancel j7eram0kez92w3t4x2bylg67kf --reason "wrong table"`
     """
     from prefect_webapi import sweeper
     from prefect_webapi.cli import screen, views
@@ -148,7 +148,7 @@ async def resolve(
     With --gone its record is closed and its place in the quota is free. With --handle the next run of its flow, or the
     next sweep, takes the job up.
 
-    Example: `prefect-webapi jobs resolve wa-7f3k --gone`
+    Example: `prefect-webapi jobs resolve j7eram0kez92w3t4x2bylg67kf --gone`
     """
     from prefect_webapi import sweeper
     from prefect_webapi.cli import screen, views

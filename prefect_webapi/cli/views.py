@@ -95,6 +95,8 @@ def why(record: Record) -> str:
     told = ""
     if phase is not None:
         told = f"{phase.err.code}: {phase.err.message}" if phase.err else phase.reason
+    if record.state is JobState.SLOT_REQUESTED:
+        told = f"waits for a place in {', '.join(record.quotas)}"
     parts = [told, record.cancel_reason if record.state is JobState.CANCELLING else ""]
     if not record.state.is_over and details.last_error:
         parts.append(f"last error: {details.last_error}")

@@ -126,6 +126,7 @@ def test_jobs_are_listed_newest_first_with_state_phase_and_reason(
         jobs.good,
     ]
     assert "SLOT_REQUESTED" in lines[0]
+    assert "waits for a place in webapi:plugin:connection:default" in lines[0]
     assert "last error: the service answered 503" in lines[1]
     assert "OutOfDisk: disk is full" in lines[2]
     assert '{"rows": 12}' in lines[4]
