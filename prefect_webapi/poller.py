@@ -21,6 +21,8 @@ __all__ = ["Observation", "Poller", "Reading", "ReadingPolicy", "Watched", "next
 JITTER = 0.1
 AGE_SHARE = 0.1
 """The gap between two reads grows with the job's age: a tenth of it."""
+EARLY_SHARE = 2.0
+"""The same while the job is younger than those of its task ever were at their end."""
 BATCH_SLACK = 0.2
 """Share of a job's gap by which it may be read early to fill a batch."""
 
@@ -41,12 +43,16 @@ class ReadingPolicy:
 
 
 class Watched:
-    """A job being read. `token` is the receiver's; the poller never looks into it."""
+    """A job being read. `token` is the receiver's; the poller never looks into it.
+
+    `expected`: the age in seconds that it will hardly end before; 0: nobody knows.
+    """
 
     __slots__ = (
         "born",
         "context",
         "due",
+        "expected",
         "failures",
         "gap",
         "in_flight",
@@ -55,10 +61,11 @@ class Watched:
         "wanted",
     )
 
-    def __init__(self, token: Any, context: Any, born: float) -> None:
+    def __init__(self, token: Any, context: Any, born: float, expected: float = 0.0) -> None:
         self.token = token
         self.context = context
         self.born = born
+        self.expected = expected
         self.due = 0.0
         self.gap = 0.0
         self.failures = 0
@@ -69,12 +76,21 @@ class Watched:
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """What one read of one job brought: a snapshot, or why there is none. `late`: seconds after it was due."""
+    """What one read of one job brought: a snapshot, or why there is none.
+
+    Attributes:
+        late: seconds after it was due.
+    """
 
     watched: Watched
     late: float
     resource: Any = None
     error: Exception | None = None
+
+    @property
+    def since(self) -> float:
+        """Seconds from when the job was put off, or first watched, to this read."""
+        return self.watched.gap + self.late
 
 
 class Reading(Protocol):
@@ -89,15 +105,23 @@ class Reading(Protocol):
         ...
 
 
-def next_delay(policy: ReadingPolicy, *, age: float, failures: int) -> float:
+def next_delay(
+    policy: ReadingPolicy, *, age: float, failures: int = 0, expected: float = 0.0
+) -> float:
     """Seconds until the next read, without jitter.
 
-    Good reads: a tenth of the job's age, between `initial` and `longest`. After failures in a row: a quarter of
-    `longest`, doubled by each further one, at most `longest`, so that contact counts as lost after minutes.
+    Good reads: a tenth of the job's age, between `initial` and `longest`. Before the age at which an end is expected
+    twice the age, or straight to when a few will be over: one that ends before is seen at three times its age at the
+    latest. After failures in a row: a quarter of `longest`, doubled by each further one, at most `longest`, so that
+    contact counts as lost after minutes.
     """
     if failures:
         return min(policy.longest, policy.longest / 4 * 2 ** min(failures - 1, 16))
-    return min(policy.longest, max(policy.initial, age * AGE_SHARE))
+    gap = max(policy.initial, age * AGE_SHARE)
+    if age < expected:
+        until = expected - age + max(policy.initial, expected * AGE_SHARE) / 2
+        gap = max(gap, min(until, EARLY_SHARE * max(policy.initial, age)))
+    return min(policy.longest, gap)
 
 
 class Poller:
@@ -131,21 +155,32 @@ class Poller:
     def __len__(self) -> int:
         return self._watched
 
-    def watch(self, token: Any, context: Any, *, age: float = 0.0) -> Watched:
-        """Read a job from now on; the first read is due at once. `age` in seconds."""
-        watched = Watched(token, context, self._clock.monotonic() - age)
+    def watch(
+        self,
+        token: Any,
+        context: Any,
+        *,
+        age: float = 0.0,
+        expected: float = 0.0,
+        is_known: bool = False,
+    ) -> Watched:
+        """Read a job from now on.
+
+        Args:
+            age: of the job, in seconds. expected: the age before which it will hardly end; 0: nobody knows.
+            is_known: how it stands now is known, so that the first read is due after a gap and not at once.
+        """
+        watched = Watched(token, context, self._clock.monotonic() - age, expected)
         self._watched += 1
-        self._push(watched, 0.0)
+        self._push(watched, self._delay(watched, age) if is_known else 0.0)
         return watched
 
-    def again(self, watched: Watched, *, failed: bool = False, soon: bool = False) -> None:
-        """Plan the next read of a job whose observation was taken. `soon`: after the first gap."""
+    def again(self, watched: Watched, *, failed: bool = False) -> None:
+        """Plan the next read of a job whose observation was taken."""
         if not watched.wanted or watched.in_flight:
             return
         watched.failures = watched.failures + 1 if failed else 0
-        age = 0.0 if soon else self._clock.monotonic() - watched.born
-        delay = next_delay(self.policy, age=age, failures=watched.failures)
-        self._push(watched, delay * random.uniform(1 - JITTER, 1))
+        self._push(watched, self._delay(watched, self._clock.monotonic() - watched.born))
 
     def retry_at(self, watched: Watched, delay: float) -> None:
         """Plan the next read without touching the failure count: a throttled read is no failure."""
@@ -215,6 +250,12 @@ class Poller:
         observation.watched.in_flight = False
         if observation.watched.wanted:
             await self._deliver(observation)
+
+    def _delay(self, watched: Watched, age: float) -> float:
+        delay = next_delay(
+            self.policy, age=age, failures=watched.failures, expected=watched.expected
+        )
+        return delay * random.uniform(1 - JITTER, 1)
 
     def _push(self, watched: Watched, delay: float) -> None:
         now = self._clock.monotonic()

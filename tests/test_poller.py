@@ -25,6 +25,17 @@ def test_the_gap_grows_with_the_age_of_the_job() -> None:
     assert next_delay(POLICY, age=3600, failures=0) == 30.0
 
 
+def test_until_an_end_is_expected_the_gap_is_twice_the_age_or_leads_there() -> None:
+    """A job that ends before is seen at three times its age; a few are over when it is read first."""
+    ages = [0.0]
+    while ages[-1] < 100:
+        ages.append(ages[-1] + next_delay(POLICY, age=ages[-1], expected=40.0))
+    assert ages[:7] == [0.0, 2.0, 6.0, 18.0, 42.0, pytest.approx(46.2), pytest.approx(50.82)]
+    assert next_delay(POLICY, age=0, expected=1.5) == 2.0
+    assert next_delay(POLICY, age=200, expected=3_600) == 30.0
+    assert next_delay(POLICY, age=1, failures=1, expected=3_600) == 7.5
+
+
 def test_failures_in_a_row_space_the_reads_out() -> None:
     """REQ-18: a quarter of the longest gap, doubled by each further failure, never above the longest."""
     delays = [next_delay(POLICY, age=10, failures=n) for n in range(1, 6)]
@@ -102,6 +113,15 @@ async def test_a_new_job_is_read_at_once() -> None:
         bench.poller.watch("a", "a")
         await eventually(lambda: bench.seen, within=1)
         assert bench.seen[0].resource == "snapshot of a"
+
+
+async def test_a_job_whose_state_is_known_is_read_after_the_first_gap() -> None:
+    policy = ReadingPolicy(initial=0.2, longest=30.0, workers=1)
+    async with running(policy, Scripted(fine)) as bench:
+        began = bench.clock.monotonic()
+        bench.poller.watch("a", "a", is_known=True)
+        await eventually(lambda: bench.seen, within=2)
+        assert bench.of("a")[0] - began >= 0.9 * 0.2
 
 
 async def test_no_gap_leaves_its_bounds() -> None:
@@ -240,15 +260,3 @@ async def test_a_poller_starts_no_thread() -> None:
             bench.poller.watch(n, n)
         await eventually(lambda: len(bench.seen) >= 100, within=5)
         assert threading.active_count() == before
-
-
-@pytest.mark.parametrize("soon", [False, True])
-async def test_an_old_job_is_read_soon_again_if_asked(soon: bool) -> None:
-    """A job that was asked to end is read in short gaps, whatever its age."""
-    policy = ReadingPolicy(initial=0.05, longest=30.0, workers=1)
-    async with running(policy, Scripted(fine)) as bench:
-        bench.repeat = False
-        watched = bench.poller.watch("a", "a", age=3600)
-        await eventually(lambda: bench.seen, within=2)
-        bench.poller.again(watched, soon=soon)
-        assert (watched.gap < 1) is soon

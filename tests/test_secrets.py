@@ -32,6 +32,7 @@ from pydantic import BaseModel, SecretStr
 from pydantic.types import Secret as PydanticSecret
 
 from prefect_webapi import (
+    CreateResult,
     DeleteContext,
     GetContext,
     JobFailed,
@@ -57,7 +58,7 @@ from prefect_webapi.contract.secrecy import Mask, secrets_in
 from prefect_webapi.ledger.sql import SqlStore
 from prefect_webapi.testing import EmbeddedJobServer
 from prefect_webapi_jobserver import JobServer, JobServerPlugin, ReportJob, run_job
-from prefect_webapi_jobserver.models import JobHandle
+from prefect_webapi_jobserver.models import JobHandle, JobView
 from tests.support.engine import at, block, engine, request, run
 from tests.support.jobserver import TOKEN
 from tests.support.plugins import ALL, SinglePlugin, entry
@@ -145,7 +146,9 @@ async def test_two_tenants_never_meet(job_server: EmbeddedJobServer, tmp_path: P
         job_server.fault("get", status=429, retry_after="1.5")
         with engine(tmp_path, ALL, blocks) as host:
             ours = [
-                host.admit(request(ReportJob(day=n, seconds=0), task_type="single", connection=to))
+                host.admit(
+                    request(ReportJob(day=n, seconds=0.05), task_type="single", connection=to)
+                )
                 for n in range(3)
                 for to in ("ours", "theirs")
             ]
@@ -312,7 +315,9 @@ class CarelessPlugin(SinglePlugin):
             tame.add_note(f"was {token}")
             raise tame from KeyError(token)
 
-    async def create(self, ctx: TaskExecutionContextReader) -> JobHandle:
+    async def create(
+        self, ctx: TaskExecutionContextReader
+    ) -> JobHandle | CreateResult[JobHandle, JobView]:
         self._fail("create", ctx.spec(ReportJob).kind)
         return await super().create(ctx)
 
@@ -422,10 +427,10 @@ async def test_a_secret_shows_nowhere_after_runs_that_went_well_and_wrong(
         await failing(good, seconds=0.3, outcome="fail", day=9)
         job_server.clear_faults()
         job_server.fault("get", patch={"result": {"deep": [f"made with {token}"]}}, times=None)
-        assert (await good(seconds=0, day=10)).data == {"deep": ["made with ***"]}
+        assert (await good(seconds=0.05, day=10)).data == {"deep": ["made with ***"]}
         job_server.clear_faults()
         job_server.fault("get", status=200, echo_authorization=True)
-        await failing(good, seconds=0, day=11)
+        await failing(good, seconds=0.05, day=11)
         inline = good.with_options(connection=first)
         inline.submit(seconds=0, day=12).result()
         cancelled = asyncio.ensure_future(good(outcome="never", day=13))
@@ -563,7 +568,9 @@ async def test_a_handle_that_turns_out_to_hold_a_secret_is_not_kept(
     """CASE-229: its type looked harmless; the job is asked to end and the place in the ledger says why."""
 
     class Telling(SinglePlugin):
-        async def create(self, ctx: TaskExecutionContextReader) -> JobHandle:
+        async def create(
+            self, ctx: TaskExecutionContextReader
+        ) -> JobHandle | CreateResult[JobHandle, JobView]:
             await super().create(ctx)
             return JobHandle(name=f"?token={self._connection.token.get_secret_value()}")
 

@@ -55,25 +55,25 @@ class JobServerPlugin(AsyncPlugin[JobHandle, JobView]):
     async def resource_requirements(self, ctx: TaskExecutionContextReader) -> ResourceRequirements:
         return ResourceRequirements(namespace=ctx.spec(ReportJob).quota)
 
-    async def create(self, ctx: TaskExecutionContextReader) -> JobHandle:
+    async def create(
+        self, ctx: TaskExecutionContextReader
+    ) -> JobHandle | CreateResult[JobHandle, JobView]:
         job = ctx.task_execution_metadata
         body = {
             "spec": ctx.spec(ReportJob).model_dump(mode="json"),
             "fingerprint": job.fingerprint,
             "labels": dict(job.labels),
         }
-        await self._api.put(path("jobs", job.generated_name), json=body)
-        return JobHandle(name=job.generated_name)
+        return _result(await self._api.put(path("jobs", job.generated_name), json=body))
 
     async def find(
         self, ctx: TaskExecutionContextReader
     ) -> CreateResult[JobHandle, JobView] | None:
         name = ctx.task_execution_metadata.generated_name
         try:
-            job = JobView.model_validate(await self._api.get(path("jobs", name)))
+            return _result(await self._api.get(path("jobs", name)))
         except NotFound:
             return None
-        return CreateResult(JobHandle(name=job.name), job, job.fingerprint or None)
 
     async def get(self, ctx: GetContext[JobHandle]) -> JobView:
         return JobView.model_validate(await self._api.get(path("jobs", ctx.resource_meta.name)))
@@ -109,3 +109,8 @@ class JobServerPlugin(AsyncPlugin[JobHandle, JobView]):
 
     async def aclose(self) -> None:
         await self._api.aclose()
+
+
+def _result(answer: Any) -> CreateResult[JobHandle, JobView]:
+    job = JobView.model_validate(answer)
+    return CreateResult(JobHandle(name=job.name), job, job.fingerprint or None)

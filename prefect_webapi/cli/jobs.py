@@ -42,7 +42,7 @@ async def list_jobs(
     ] = 50,
     json: Json = False,
 ) -> None:
-    """List jobs, newest first: where each is, and why it waits or how it ended.
+    """List jobs, newest first: where each is, and why it waits or how it ended; how often live ones are read.
 
     Reads the ledger only.
 
@@ -53,10 +53,11 @@ async def list_jobs(
 
     async with reading() as store:
         records = await _select(store, state, flow_run, limit + 1)
+        paces = await store.paces()
         address = store.address
     shown = records[:limit]
     if json:
-        screen.say_json([views.job_data(record) for record in shown])
+        screen.say_json([views.job_data(record, paces=paces) for record in shown])
         return
     console = screen.console()
     if not shown:
@@ -65,6 +66,8 @@ async def list_jobs(
     console.print(views.job_table(shown, columns=console.width))
     if len(records) > limit:
         console.print(f"These are the newest {limit}; --limit shows more.", style="dim")
+    for line in views.pace_lines(paces):
+        console.print(line, style="dim", highlight=False)
 
 
 @app.command

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from itertools import zip_longest
 from typing import Any, cast
 
@@ -15,7 +15,7 @@ from rich.text import Text
 from prefect_webapi.cli.screen import pairs, span, when
 from prefect_webapi.contract.phase import Phase
 from prefect_webapi.contract.secrecy import looks_secret, mask_url
-from prefect_webapi.ledger.records import JobState, Record
+from prefect_webapi.ledger.records import JobState, Pace, Record
 
 __all__ = [
     "Attempt",
@@ -26,6 +26,7 @@ __all__ = [
     "job_table",
     "last_phase",
     "link_of",
+    "pace_lines",
     "phase_style",
     "result_of",
     "step_table",
@@ -213,7 +214,22 @@ def step_table(record: Record) -> Table:
     return table
 
 
-def job_data(record: Record, attempts: Sequence[Attempt] | None = None) -> dict[str, Any]:
+def pace_lines(paces: Mapping[str, Sequence[Pace]]) -> list[str]:
+    """How often live jobs are read, a line per process and connection."""
+    return [
+        f"{pace.plugin}/{pace.connection}: {pace.jobs:,} live jobs, each read every "
+        f"{span(timedelta(seconds=pace.every))}, {span(timedelta(seconds=pace.late))} after it was due"
+        for each in paces.values()
+        for pace in each
+    ]
+
+
+def job_data(
+    record: Record,
+    attempts: Sequence[Attempt] | None = None,
+    *,
+    paces: Mapping[str, Sequence[Pace]] | None = None,
+) -> dict[str, Any]:
     """A record as JSON data. Instants are ISO 8601 in UTC; names stay, new ones may come."""
     details = record.details
     phase = details.phase
@@ -256,6 +272,8 @@ def job_data(record: Record, attempts: Sequence[Attempt] | None = None) -> dict[
         "created_at": _iso(record.created_at),
         "updated_at": _iso(record.updated_at),
     }
+    if paces is not None:
+        data["read_every_seconds"] = _read_every(record, paces.get(record.runtime, ()))
     if attempts is not None:
         data["attempts"] = [
             {
@@ -268,6 +286,14 @@ def job_data(record: Record, attempts: Sequence[Attempt] | None = None) -> dict[
             for each in attempts
         ]
     return data
+
+
+def _read_every(record: Record, paces: Sequence[Pace]) -> float | None:
+    """Mean of its connection's jobs in its process; None: it is not read, or it is not known yet."""
+    if record.state not in (JobState.CREATED, JobState.CANCELLING):
+        return None
+    mine = record.plugin, record.connection
+    return next((round(p.every, 3) for p in paces if (p.plugin, p.connection) == mine), None)
 
 
 def _creates(record: Record) -> int:

@@ -19,7 +19,7 @@ from prefect_webapi.engine.calls import Calls
 from prefect_webapi.engine.contexts import ReadView
 from prefect_webapi.engine.job import Job
 from prefect_webapi.engine.services import Services
-from prefect_webapi.ledger.records import JobState
+from prefect_webapi.ledger.records import JobState, Pace
 from prefect_webapi.ledger.store import Reader, Store
 from prefect_webapi.metrics import Add
 from prefect_webapi.poller import Observation, Poller, ReadingPolicy
@@ -94,12 +94,29 @@ class Channel:
     interval: Add
     quotas: dict[str, int] = field(default_factory=dict[str, int])
     limits: dict[str, int] = field(default_factory=dict[str, int])
+    _read_again: int = 0
+    _since: float = 0.0
+    _late: float = 0.0
+    _pace: tuple[float, float] | None = None
 
     def note_read(self, observation: Observation) -> None:
         """Count how late a read was, and how long after the one before it; a job's first read has none before it."""
         self.lag(observation.late)
-        if (gap := observation.watched.gap) > 0:
-            self.interval(gap + observation.late)
+        if observation.watched.gap > 0:
+            self.interval(observation.since)
+            self._read_again += 1
+            self._since += observation.since
+            self._late += observation.late
+
+    def pace(self) -> Pace | None:
+        """How its jobs were read since this was asked last; None: it has none, or none was read twice."""
+        if reads := self._read_again:
+            self._pace = self._since / reads, self._late / reads
+            self._read_again, self._since, self._late = 0, 0.0, 0.0
+        jobs = len(self.poller)
+        if self._pace is None or not jobs:
+            return None
+        return Pace(self.loaded.entry.id, self.loaded.connection.name, jobs, *self._pace)
 
 
 class _Reading:

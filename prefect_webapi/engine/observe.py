@@ -12,6 +12,7 @@ from prefect_webapi.contract.plugin import AsyncPlugin
 from prefect_webapi.engine.calls import Calls
 from prefect_webapi.engine.channels import Channels
 from prefect_webapi.engine.contexts import StatusView
+from prefect_webapi.engine.durations import Durations
 from prefect_webapi.engine.faults import fault_point
 from prefect_webapi.engine.job import Ending, Job
 from prefect_webapi.engine.services import Services
@@ -50,22 +51,39 @@ class Observer:
     """Judges the observations of all pollers, in the order in which they come."""
 
     def __init__(
-        self, services: Services, calls: Calls, channels: Channels, driver: Driver
+        self,
+        services: Services,
+        calls: Calls,
+        channels: Channels,
+        durations: Durations,
+        driver: Driver,
     ) -> None:
         self._services = services
         self._calls = calls
         self._channels = channels
+        self._durations = durations
         self._driver = driver
 
-    def watch(self, job: Job, *, fresh: bool = False) -> None:
-        """Have the job read. `fresh`: begin with short gaps again."""
+    def watch(self, job: Job, *, fresh: bool = False, is_known: bool = False) -> None:
+        """Have the job read until it is over.
+
+        Args:
+            fresh: begin with short gaps again. is_known: create told how it stands.
+        """
         poller = self._channels.of(job.loaded).poller
         if job.watched is not None:
             poller.forget(job.watched)
-        born = job.record.details.created_remotely_at or job.record.created_at
-        age = 0.0 if fresh else max(0.0, (self._services.clock.now() - born).total_seconds())
-        job.watched = poller.watch(job, job, age=age)
+        record = job.record
+        age, expected = 0.0 if fresh else self._age(job), 0.0
+        if record.state is JobState.CREATED and job.ending is None:
+            expected = self._durations.expected(record.plugin, record.details.task_key)
+        job.watched = poller.watch(job, job, age=age, expected=expected, is_known=is_known)
         job.rest()
+
+    def _age(self, job: Job) -> float:
+        """Seconds since it was made."""
+        born = job.record.details.created_remotely_at or job.record.created_at
+        return max(0.0, (self._services.clock.now() - born).total_seconds())
 
     def forget(self, job: Job) -> None:
         if job.watched is not None:
@@ -96,7 +114,7 @@ class Observer:
             return
         job.missing_since = None
         try:
-            over = await self.judge(job, observation.resource)
+            over = await self.judge(job, observation.resource, since=observation.since)
         except RemoteError as failure:  # whatever an author's status raises counts as a failed read
             self._read_failed(job, observation, failure)
             return
@@ -112,8 +130,12 @@ class Observer:
             logger.warning("a new job %s can't be judged: %s", job.record.key, failure.message)
             return False
 
-    async def judge(self, job: Job, snapshot: Any) -> bool:
-        """Ask `status` and report what changed; whether the job is over (its end is then under way)."""
+    async def judge(self, job: Job, snapshot: Any, *, since: float | None = None) -> bool:
+        """Ask `status` and report what changed; whether the job is over (its end is then under way).
+
+        Args:
+            since: seconds since the read before, which is when it ended at the earliest.
+        """
         info = await self._calls.status(job.loaded, StatusView(job, job.handle, snapshot))
         if info.phase.is_terminal:
             fault_point("KP-13")
@@ -123,6 +145,9 @@ class Observer:
                 return False
             if info.cleanup_on_failure and job.is_deleting and not job.delete_taken:
                 return False  # delete is on its way
+            if info.phase is Phase.SUCCESS and since is not None:
+                took = self._age(job) - since / 2  # not as the service says: its clock is another
+                self._durations.note(job.record.plugin, job.record.details.task_key, took)
             self.forget(job)
             self._driver.over(job, info, snapshot)
             return True

@@ -39,6 +39,7 @@ from prefect_webapi.engine.cancel import ask_to_end
 from prefect_webapi.engine.channels import Channel, Channels
 from prefect_webapi.engine.contexts import ReadView, StatusView
 from prefect_webapi.engine.drafts import conflict, draft_for
+from prefect_webapi.engine.durations import Durations
 from prefect_webapi.engine.faults import fault_point
 from prefect_webapi.engine.handover import Others, close, release, request_of, take_over
 from prefect_webapi.engine.job import Call, Ending, Job, persist
@@ -106,8 +107,10 @@ class Runtime:
         self._stop = asyncio.Event()
         self._closing = False
         self._settling = 0
+        self._has_told_paces = False
         self._tasks: anyio.abc.TaskGroup
         self._channels: Channels
+        self._durations: Durations
         self._observer: Observer
 
     # --- life --------------------------------------------------------------------------------
@@ -119,10 +122,13 @@ class Runtime:
         try:
             await services.store.beat(self._me)
             services.pulse.last = self._me.last_beat
+            self._durations = Durations(await services.store.durations())
             sender, seen = anyio.create_memory_object_stream[Observation](OBSERVATIONS)
             async with sender, seen, services.quotas, anyio.create_task_group() as self._tasks:
                 self._channels = Channels(services, self._calls, self._tasks, sender.send)
-                self._observer = Observer(services, self._calls, self._channels, self)
+                self._observer = Observer(
+                    services, self._calls, self._channels, self._durations, self
+                )
                 self._tasks.start_soon(self._read_mail)
                 self._tasks.start_soon(self._observe, seen)
                 self._tasks.start_soon(self._keep_house)
@@ -132,6 +138,7 @@ class Runtime:
                 self._closing = True
                 await self._close()
                 self._tasks.cancel_scope.cancel()
+            await self._remember()
             await services.store.farewell(self._me.id)
         finally:
             self._closing = True
@@ -553,7 +560,7 @@ class Runtime:
             await self._part(job)
         else:
             fault_point("KP-10")
-            self._observer.watch(job, fresh=True)
+            self._observer.watch(job, fresh=True, is_known=snapshot is not None)
 
     def _resume(self, job: Job) -> None:
         """Read a stored handle back."""
@@ -796,6 +803,7 @@ class Runtime:
                     beat = replace(self._me, last_beat=clock.now())
                     await self._services.store.beat(beat)
                     pulse.last = beat.last_beat
+                    await self._remember()
                 for record in await self._services.store.cancels_asked(self._me.id):
                     job = self._jobs.get(record.key)
                     if job is not None and record.cancel_reason:
@@ -803,6 +811,16 @@ class Runtime:
             except LedgerError as error:
                 logger.warning("the ledger does not answer: %s", error)
             await self._gauge()
+
+    async def _remember(self) -> None:
+        """Write down what is worth knowing elsewhere and would be no loss."""
+        store = self._services.store
+        if durations := self._durations.news():
+            await store.set_durations(durations, self._services.clock.now())
+        paces = [pace for channel in self._channels if (pace := channel.pace()) is not None]
+        if paces or self._has_told_paces:
+            await store.set_paces(self._me.id, paces)
+        self._has_told_paces = bool(paces)
 
     async def _look_at_blocks(self) -> None:
         """Look at the blocks again. Apart from the beat: whoever keeps them may take a minute to answer."""

@@ -15,7 +15,7 @@ from prefect_webapi.contract.errors import NoLedger
 from prefect_webapi.contract.keys import JobKey
 from prefect_webapi.ledger import schema
 from prefect_webapi.ledger.backend import Backend, Trouble
-from prefect_webapi.ledger.records import JobState, QuotaRow, Record, RuntimeRow
+from prefect_webapi.ledger.records import JobState, Pace, QuotaRow, Record, RuntimeRow
 from prefect_webapi.ledger.rows import RecordReader, from_micros
 
 __all__ = ["SqlReader"]
@@ -152,6 +152,13 @@ class SqlReader:
             )
             for row in rows
         ]
+
+    async def paces(self) -> Mapping[str, Sequence[Pace]]:
+        found: dict[str, list[Pace]] = {}
+        for row in await self._fetch(select(schema.reading)):
+            pace = Pace(row.plugin, row.connection, row.jobs, row.every, row.late)
+            found.setdefault(row.runtime, []).append(pace)
+        return found
 
     async def _fetch(
         self, query: Executable, values: dict[str, Any] | None = None

@@ -24,6 +24,7 @@ __all__ = [
     "Move",
     "MoveResult",
     "Outputs",
+    "Pace",
     "QuotaRow",
     "Record",
     "RuntimeRow",
@@ -279,6 +280,21 @@ class QuotaRow:
     name: str
     live: int
     limit: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How often a process reads the live jobs of one connection.
+
+    Attributes:
+        every: seconds between two reads of a job; late: seconds after it was due. Means of the last moments.
+    """
+
+    plugin: str
+    connection: str
+    jobs: int
+    every: float
+    late: float
 
 
 @dataclass(frozen=True, slots=True)

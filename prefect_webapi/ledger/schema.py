@@ -41,9 +41,10 @@ __all__ = [
     "job",
     "metadata",
 ]
-__all__ += ["look_at", "migrations", "queue", "quota", "rate", "runtime", "surplus"]
+__all__ += ["duration", "look_at", "migrations", "queue", "quota", "rate", "reading", "runtime"]
+__all__ += ["surplus"]
 
-REVISION = "0003"
+REVISION = "0004"
 """The newest revision in `migrations/versions`; a test compares both."""
 
 VERSION_TABLE = "webapi_schema_version"
@@ -177,6 +178,28 @@ runtime = Table(
     Column("born", Double, nullable=False),
     Column("started", BigInteger, nullable=False),
     Column("last_beat", BigInteger, nullable=False),
+)
+
+# How long the latest jobs of a task took.
+duration = Table(
+    "webapi_duration",
+    metadata,
+    Column("plugin", Text, primary_key=True),
+    Column("task", Text, primary_key=True),
+    Column("seconds", Text, nullable=False),  # JSON: numbers, oldest first
+    Column("updated_at", BigInteger, nullable=False),
+)
+
+# How often a process reads the live jobs of a connection: means, in seconds.
+reading = Table(
+    "webapi_reading",
+    metadata,
+    Column("runtime", Text, primary_key=True),
+    Column("plugin", Text, primary_key=True),
+    Column("connection", Text, primary_key=True),
+    Column("jobs", Integer, nullable=False),
+    Column("every", Double, nullable=False),
+    Column("late", Double, nullable=False),
 )
 
 

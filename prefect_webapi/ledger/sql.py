@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Sequence
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
 from datetime import datetime
 from typing import Any
 
 import anyio
-from sqlalchemy import Connection, Executable, delete, select, text, update
+from sqlalchemy import Connection, Executable, delete, insert, select, text, update
 
 from prefect_webapi.clock import Clock
 from prefect_webapi.contract.keys import JobKey
@@ -20,6 +22,7 @@ from prefect_webapi.ledger.records import (
     JobState,
     Move,
     MoveResult,
+    Pace,
     Record,
     RuntimeRow,
 )
@@ -65,6 +68,11 @@ _BEAT = text(
     "INSERT INTO webapi_runtime (id, host, pid, born, started, last_beat)"
     " VALUES (:id, :host, :pid, :born, :started, :last_beat)"
     " ON CONFLICT (id) DO UPDATE SET last_beat = excluded.last_beat"
+)
+
+_SET_DURATION = text(
+    "INSERT INTO webapi_duration (plugin, task, seconds, updated_at) VALUES (:plugin, :task, :seconds, :at)"
+    " ON CONFLICT (plugin, task) DO UPDATE SET seconds = excluded.seconds, updated_at = excluded.updated_at"
 )
 
 
@@ -195,9 +203,40 @@ class SqlStore(SqlReader):
         await self._execute(_BEAT, values)
 
     async def farewell(self, runtime: str) -> None:
-        await self._execute(delete(schema.queue).where(schema.queue.c.runtime == runtime))
+        for table in (schema.queue, schema.reading):
+            await self._execute(delete(table).where(table.c.runtime == runtime))
         at = micros(self._clock.now())  # since when nobody drives what it leaves
         await self._execute(_FAREWELL, {"id": runtime, "at": at})
+
+    # --- reading -----------------------------------------------------------------------------
+
+    async def set_paces(self, runtime: str, paces: Sequence[Pace]) -> None:
+        def work(conn: Connection) -> None:
+            conn.execute(delete(schema.reading).where(schema.reading.c.runtime == runtime))
+            if paces:
+                conn.execute(
+                    insert(schema.reading), [{"runtime": runtime} | asdict(p) for p in paces]
+                )
+
+        await self._writer.call(work)
+
+    async def durations(self) -> Mapping[tuple[str, str], Sequence[float]]:
+        rows = await self._fetch(select(schema.duration))
+        return {(row.plugin, row.task): json.loads(row.seconds) for row in rows}
+
+    async def set_durations(
+        self, of: Mapping[tuple[str, str], Sequence[float]], at: datetime
+    ) -> None:
+        rows = [
+            {
+                "plugin": plugin,
+                "task": plain_text(task),
+                "seconds": json.dumps(seconds),
+                "at": micros(at),
+            }
+            for (plugin, task), seconds in sorted(of.items())
+        ]
+        await self._writer.call(lambda conn: conn.execute(_SET_DURATION, rows))
 
     # --- keeping it small --------------------------------------------------------------------
 
@@ -205,6 +244,9 @@ class SqlStore(SqlReader):
         at = micros(before)
         await self._execute(_BURY, {"before": at})
         await self._execute(delete(schema.queue).where(schema.queue.c.asked_at < at))
+        await self._execute(delete(schema.duration).where(schema.duration.c.updated_at < at))
+        alive = select(schema.runtime.c.id)
+        await self._execute(delete(schema.reading).where(schema.reading.c.runtime.not_in(alive)))
         places = [
             {"base": row.base, "ordinal": row.ordinal}
             for row in await self._fetch(self._writer.statements.old_places, {"before": at})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 from typing import Protocol
 
@@ -13,6 +13,7 @@ from prefect_webapi.ledger.records import (
     JobState,
     Move,
     MoveResult,
+    Pace,
     QuotaRow,
     Record,
     RuntimeRow,
@@ -66,6 +67,10 @@ class Reader(Protocol):
     async def quotas(self) -> Sequence[QuotaRow]: ...
 
     async def runtimes(self) -> Sequence[RuntimeRow]: ...
+
+    async def paces(self) -> Mapping[str, Sequence[Pace]]:
+        """How often each process, by its id, reads its jobs."""
+        ...
 
 
 class Store(Reader, Protocol):
@@ -138,6 +143,20 @@ class Store(Reader, Protocol):
 
     async def farewell(self, runtime: str) -> None:
         """Say that a process has ended in order."""
+        ...
+
+    async def set_paces(self, runtime: str, paces: Sequence[Pace]) -> None:
+        """Say how often a process reads its jobs now."""
+        ...
+
+    async def durations(self) -> Mapping[tuple[str, str], Sequence[float]]:
+        """Seconds that the latest jobs took, by plugin and task, oldest first."""
+        ...
+
+    async def set_durations(
+        self, of: Mapping[tuple[str, str], Sequence[float]], at: datetime
+    ) -> None:
+        """Remember them for the next processes, in place of what was known of these tasks."""
         ...
 
     async def prune(self, before: datetime) -> int:

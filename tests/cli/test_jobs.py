@@ -11,7 +11,7 @@ import pytest
 
 from prefect_webapi.contract.keys import JobKey
 from prefect_webapi.contract.phase import PhaseInfo, TaskInfo, TaskLog
-from prefect_webapi.ledger.records import Details, JobState, Outputs, Step
+from prefect_webapi.ledger.records import Details, JobState, Outputs, Pace, Step
 from prefect_webapi.ledger.store import Store
 from tests.cli.command import Command, command_for
 from tests.support.ledger import another_store, draft_for, moved, sqlite_url
@@ -159,6 +159,27 @@ def test_the_list_as_json_has_everything_by_name(jobs: Keys, command: Command) -
     assert [step["name"] for step in good["steps"]] == ["QUEUED", "RUNNING", "SUCCESS"]
     bad = next(job for job in data if job["key"] == jobs.bad)
     assert bad["error"] == {"code": "OutOfDisk", "message": "disk is full", "kind": "user"}
+
+
+def test_the_list_says_how_often_live_jobs_are_read(
+    jobs: Keys, ledger: Path, command: Command
+) -> None:
+    async def told() -> None:
+        async with another_store(sqlite_url(ledger)) as store:
+            alive = await store.get(jobs.alive)
+            assert alive is not None
+            pace = Pace(alive.plugin, alive.connection, 100_000, 3_333.3, 3_303.3)
+            await store.set_paces(alive.runtime, [pace])
+
+    asyncio.run(told())
+    shown = command("jobs", "list").out
+    assert "100,000 live jobs, each read every 55 min 33 s, 55 min 3 s after it was due" in shown
+    every = {
+        job["key"]: job["read_every_seconds"] for job in command("jobs", "list", "--json").data
+    }
+    assert every == {jobs.alive: 3_333.3} | dict.fromkeys((jobs.good, jobs.bad, jobs.waiting)) | {
+        key: None for key in every if key not in (jobs.good, jobs.bad, jobs.alive, jobs.waiting)
+    }
 
 
 def test_the_list_is_narrowed_by_states_of_the_ledger(jobs: Keys, command: Command) -> None:

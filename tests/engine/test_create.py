@@ -453,7 +453,9 @@ class WritesPlugin(SinglePlugin):
 
     seen: ClassVar[list[int]] = []
 
-    async def create(self, ctx: TaskExecutionContextReader) -> JobHandle:
+    async def create(
+        self, ctx: TaskExecutionContextReader
+    ) -> JobHandle | CreateResult[JobHandle, JobView]:
         self.seen.append(CountingStore.writes)
         return await super().create(ctx)
 

@@ -538,8 +538,8 @@ class _NewPlugin(JobServerPlugin):
     async def create(  # pyright: ignore[reportIncompatibleMethodOverride] - a newer version, with a handle of its own
         self, ctx: TaskExecutionContextReader
     ) -> _NewHandle:
-        made = await super().create(ctx)
-        return _NewHandle(name=made.name, region="here")
+        await super().create(ctx)
+        return _NewHandle(name=ctx.task_execution_metadata.generated_name, region="here")
 
     def get_config(self) -> PluginConfig:
         return super().get_config().model_copy(update={"resource_meta": _NewHandle})

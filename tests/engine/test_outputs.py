@@ -65,9 +65,7 @@ class QuietJob(JobSpec[None]):
 class TextPlugin(SinglePlugin):
     """The author's ways with `output_writer`. Create's answer is the first snapshot."""
 
-    async def create(  # pyright: ignore[reportIncompatibleMethodOverride] - the contract allows more than the skeleton uses
-        self, ctx: TaskExecutionContextReader
-    ) -> CreateResult[JobHandle, JobView]:
+    async def create(self, ctx: TaskExecutionContextReader) -> CreateResult[JobHandle, JobView]:
         job = ctx.task_execution_metadata
         spec = ctx.task_reader.read().custom
         spec.pop("kind", None)

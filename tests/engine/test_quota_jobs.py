@@ -442,9 +442,7 @@ async def test_a_lowered_quota_ends_nothing_and_starts_nothing_until_there_is_ro
 class EarlyPlugin(JobServerPlugin):
     """Create's answer tells how the job is, which may be over."""
 
-    async def create(  # pyright: ignore[reportIncompatibleMethodOverride] - the contract allows more than the skeleton uses
-        self, ctx: TaskExecutionContextReader
-    ) -> CreateResult[JobHandle, JobView]:
+    async def create(self, ctx: TaskExecutionContextReader) -> CreateResult[JobHandle, JobView]:
         name = ctx.task_execution_metadata.generated_name
         body = {"spec": ctx.spec(ReportJob).model_dump(mode="json")}
         made = JobView.model_validate(await self._api.put(path("jobs", name), json=body))

@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 
 import pytest
 
-from prefect_webapi import Phase, ResourceRequirements, TaskExecutionContextReader
+from prefect_webapi import CreateResult, Phase, ResourceRequirements, TaskExecutionContextReader
 from prefect_webapi.engine.request import Overrides
 from prefect_webapi.testing import EmbeddedJobServer
 from prefect_webapi_jobserver import ReportJob
-from prefect_webapi_jobserver.models import JobHandle
+from prefect_webapi_jobserver.models import JobHandle, JobView
 from tests.support.engine import at, request, run
 from tests.support.ledger import another_store, ledger_of
 from tests.support.plugins import SinglePlugin, entry
@@ -149,7 +149,9 @@ class InputsPlugin(SinglePlugin):
 
     seen: ClassVar[list[Any]] = []
 
-    async def create(self, ctx: TaskExecutionContextReader) -> JobHandle:
+    async def create(
+        self, ctx: TaskExecutionContextReader
+    ) -> JobHandle | CreateResult[JobHandle, JobView]:
         self.seen.append(ctx.input_reader.get())
         return await super().create(ctx)
 

@@ -168,9 +168,7 @@ async def test_a_status_that_can_not_be_used_counts_as_a_failed_read(
 class FirstRaisesPlugin(OddPlugin):
     """The author did not expect what create tells."""
 
-    async def create(  # pyright: ignore[reportIncompatibleMethodOverride] - the contract allows more than the skeleton uses
-        self, ctx: TaskExecutionContextReader
-    ) -> CreateResult[JobHandle, JobView]:
+    async def create(self, ctx: TaskExecutionContextReader) -> CreateResult[JobHandle, JobView]:
         job = ctx.task_execution_metadata
         body = {"spec": ctx.spec(ReportJob).model_dump(mode="json")}
         made = await self._api.put(path("jobs", job.generated_name), json=body)

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
-from prefect_webapi import Phase, PhaseInfo, TaskExecutionContextReader
+from prefect_webapi import CreateResult, Phase, PhaseInfo, TaskExecutionContextReader
 from prefect_webapi.engine.watchdog import watching
 from prefect_webapi.metrics import Metrics
 from prefect_webapi.testing import EmbeddedJobServer
 from prefect_webapi_jobserver import ReportJob
-from prefect_webapi_jobserver.models import JobHandle
+from prefect_webapi_jobserver.models import JobHandle, JobView
 from tests.support.engine import at, run
 from tests.support.plugins import SINGLE, SinglePlugin, entry
 
@@ -26,7 +26,9 @@ LOGGER = "prefect_webapi.engine.watchdog"
 class BlocksInCreate(SinglePlugin):
     """A blocking call in a coroutine: what the watchdog is for."""
 
-    async def create(self, ctx: TaskExecutionContextReader) -> JobHandle:
+    async def create(
+        self, ctx: TaskExecutionContextReader
+    ) -> JobHandle | CreateResult[JobHandle, JobView]:
         self._wait()
         return await super().create(ctx)
 

@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from prefect_webapi.contract.keys import JobKey
-from prefect_webapi.ledger.records import JobState, Move, MoveResult, RuntimeRow
+from prefect_webapi.ledger.records import JobState, Move, MoveResult, Pace, RuntimeRow
 from prefect_webapi.ledger.sql import SqlStore
 from tests.ledger.raw import raw
 from tests.support.ledger import draft_for, moved
@@ -39,6 +39,35 @@ async def test_records_are_selected_by_all_that_is_given(store: SqlStore) -> Non
     both = await store.select(states={JobState.CREATED, JobState.CREATING, JobState.CLOSED})
     assert both == everything
     assert await store.select(states=[]) == []
+
+
+async def test_how_often_a_process_reads_its_jobs_is_told_until_it_says_farewell(
+    store: SqlStore,
+) -> None:
+    first, second = Pace("p", "default", 10, 30.5, 0.25), Pace("p", "other", 1, 5.0, 0.0)
+    await store.set_paces("a", [first])
+    await store.set_paces("b", [first, second])
+    await store.set_paces("a", [second])
+    assert await store.paces() == {"a": [second], "b": [first, second]}
+    await store.farewell("b")
+    await store.set_paces("a", [])
+    assert await store.paces() == {}
+
+
+async def test_what_a_killed_process_told_of_its_reads_goes_with_it(store: SqlStore) -> None:
+    await store.set_paces("killed", [Pace("p", "default", 10, 30.5, 0.25)])
+    await store.prune(AT)
+    assert await store.paces() == {}
+
+
+async def test_durations_are_remembered_by_task_until_nobody_runs_it_any_more(
+    store: SqlStore,
+) -> None:
+    await store.set_durations({("p", "one"): [1.5, 2.0], ("p", "two"): [3.25]}, AT)
+    await store.set_durations({("p", "two"): [4.0]}, AT + timedelta(days=1))
+    assert await store.durations() == {("p", "one"): [1.5, 2.0], ("p", "two"): [4.0]}
+    await store.prune(AT + timedelta(hours=1))
+    assert await store.durations() == {("p", "two"): [4.0]}
 
 
 async def test_records_come_oldest_first_or_newest_first(store: SqlStore) -> None:

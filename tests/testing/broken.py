@@ -51,7 +51,9 @@ def failed(ctx: GetContext[JobHandle], why: str) -> JobView:
 
 
 class CreatesTwice(_Plugin):
-    async def create(self, ctx: TaskExecutionContextReader) -> JobHandle:
+    async def create(
+        self, ctx: TaskExecutionContextReader
+    ) -> JobHandle | CreateResult[JobHandle, JobView]:
         await self.another(ctx)
         return await super().create(ctx)
 
@@ -64,7 +66,9 @@ class SendsNoKey(_Plugin):
 
 
 class RepeatsByItself(_Plugin):
-    async def create(self, ctx: TaskExecutionContextReader) -> JobHandle:
+    async def create(
+        self, ctx: TaskExecutionContextReader
+    ) -> JobHandle | CreateResult[JobHandle, JobView]:
         try:
             return await super().create(ctx)
         except RemoteSystemError as error:
@@ -131,8 +135,9 @@ class KeepsTheReason(_Plugin):
 
 class PutsTheTokenInTheHandle(_Plugin):
     async def create(self, ctx: TaskExecutionContextReader) -> JobHandle:
-        handle = await super().create(ctx)
-        return JobHandle(name=f"{handle.name}?{self._connection.token.get_secret_value()}")
+        await super().create(ctx)
+        name = ctx.task_execution_metadata.generated_name
+        return JobHandle(name=f"{name}?{self._connection.token.get_secret_value()}")
 
 
 class LogsTheToken(_Plugin):
@@ -168,7 +173,9 @@ class TakesNonsenseForAFailure(_Plugin):
 
 
 class KeepsTheHint(_Plugin):
-    async def create(self, ctx: TaskExecutionContextReader) -> JobHandle:
+    async def create(
+        self, ctx: TaskExecutionContextReader
+    ) -> JobHandle | CreateResult[JobHandle, JobView]:
         try:
             return await super().create(ctx)
         except Throttled:
@@ -192,7 +199,9 @@ class RenewsNothing(_Plugin):
 
 
 class TakesAnyAnswerForAnError(_Plugin):
-    async def create(self, ctx: TaskExecutionContextReader) -> JobHandle:
+    async def create(
+        self, ctx: TaskExecutionContextReader
+    ) -> JobHandle | CreateResult[JobHandle, JobView]:
         try:
             return await super().create(ctx)
         except AuthError as error:
@@ -209,7 +218,9 @@ class GoesInTheClear(_Plugin):
 
 
 class FollowsRedirects(_Plugin):
-    async def create(self, ctx: TaskExecutionContextReader) -> JobHandle:
+    async def create(
+        self, ctx: TaskExecutionContextReader
+    ) -> JobHandle | CreateResult[JobHandle, JobView]:
         try:
             return await super().create(ctx)
         except RemoteUserError as error:
@@ -227,7 +238,9 @@ class MixesABatchUp(_Plugin):
 
 
 class ThinksThatAJobMayExist(_Plugin):
-    async def create(self, ctx: TaskExecutionContextReader) -> JobHandle:
+    async def create(
+        self, ctx: TaskExecutionContextReader
+    ) -> JobHandle | CreateResult[JobHandle, JobView]:
         try:
             return await super().create(ctx)
         except RemoteSystemError as error:

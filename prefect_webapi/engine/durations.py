@@ -1,0 +1,72 @@
+"""How long the jobs of a task take, learned from those that ended well: one is read seldom until it may be over.
+
+Kept in the ledger from time to time, so a task's next run knows it from its first job on. It is a help and no duty:
+what a process that is killed has not kept is learned again.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+
+__all__ = ["Durations"]
+
+SAMPLE = 100
+MOST = 2_000
+"""A sample stands for so many jobs at most: what comes later counts at least that much."""
+SHORT = 0.1
+"""The share of jobs that were faster than what is expected."""
+
+
+class _Sample:
+    """Of all that was told, each with the same chance: jobs that begin together end in the order of their length."""
+
+    def __init__(self, seconds: Sequence[float]) -> None:
+        self.seconds = list(seconds[-SAMPLE:])
+        self._told = len(self.seconds)
+        self._expected: float | None = None
+
+    def add(self, seconds: float) -> None:
+        self._told = min(self._told + 1, MOST)
+        if len(self.seconds) < SAMPLE:
+            self.seconds.append(seconds)
+        elif (place := random.randrange(self._told)) < SAMPLE:
+            self.seconds[place] = seconds
+        self._expected = None
+
+    @property
+    def expected(self) -> float:
+        if self._expected is None:
+            self._expected = sorted(self.seconds)[int(len(self.seconds) * SHORT)]
+        return self._expected
+
+
+class Durations:
+    """Seconds from create to end, by plugin and task.
+
+    Args:
+        known: those of earlier processes.
+    """
+
+    def __init__(self, known: Mapping[tuple[str, str], Sequence[float]]) -> None:
+        self._of = {task: _Sample(seconds) for task, seconds in known.items() if seconds}
+        self._news = set[tuple[str, str]]()
+
+    def note(self, plugin: str, task: str, seconds: float) -> None:
+        """A job of the task ended well after so long."""
+        key = plugin, task
+        if key not in self._of:
+            self._of[key] = _Sample([])
+        self._of[key].add(round(seconds, 3))
+        self._news.add(key)
+
+    def expected(self, plugin: str, task: str) -> float:
+        """The age in seconds before which few jobs of the task end; 0: nobody knows."""
+        sample = self._of.get((plugin, task))
+        return 0.0 if sample is None else sample.expected
+
+    def news(self) -> Mapping[tuple[str, str], Sequence[float]]:
+        """Those of each task about which something new was told since the last time."""
+        told = {key: tuple(self._of[key].seconds) for key in self._news}
+        self._news.clear()
+        return told

@@ -1,0 +1,95 @@
+"""What is learned from the ends of a task's jobs, and what the next ones are spared by it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from random import Random
+
+from prefect_webapi import Phase
+from prefect_webapi.engine.durations import Durations
+from prefect_webapi.testing import EmbeddedJobServer
+from prefect_webapi_jobserver import ReportJob
+from tests.support.engine import at, run
+
+TASK = "plugin", "task"
+
+
+def test_what_few_jobs_fall_short_of_is_expected() -> None:
+    durations = Durations({})
+    assert durations.expected(*TASK) == 0.0
+    for seconds in range(10, 30):
+        durations.note(*TASK, float(seconds))
+    assert durations.expected(*TASK) == 12.0
+    assert durations.expected("plugin", "another") == 0.0
+
+
+def test_jobs_that_begin_together_and_end_in_order_are_learned_from_alike() -> None:
+    """The last to end are the longest, and no better known for it."""
+    durations = Durations({})
+    for seconds in range(1_000):
+        durations.note(*TASK, float(seconds))
+    assert 20 < durations.expected(*TASK) < 300
+
+
+def test_a_task_that_has_become_faster_is_expected_sooner() -> None:
+    durations = Durations({TASK: [1_000.0] * 100})
+    chance = Random(0)
+    for _ in range(300):
+        durations.note(*TASK, chance.uniform(9, 11))
+    assert 9 <= durations.expected(*TASK) <= 11
+
+
+def test_only_news_are_told_and_can_be_read_back() -> None:
+    durations = Durations({TASK: [3.0, 4.0]})
+    assert not durations.news()
+    durations.note(*TASK, 5.0)
+    news = durations.news()
+    assert news == {TASK: (3.0, 4.0, 5.0)}
+    assert not durations.news()
+    assert Durations(news).expected(*TASK) == 3.0
+
+
+async def test_a_tasks_second_run_reads_less_and_is_no_later(
+    job_server: EmbeddedJobServer, tmp_path: Path
+) -> None:
+    """The first run's process has ended; what it learned is in the ledger. Ten times as fast."""
+    reads: list[int] = []
+    lags: list[float] = []
+    for day in (1, 2):
+        before = len(job_server.log())
+        with at(tmp_path, job_server, speed=10) as host:
+            outcome = await run(host, ReportJob(day=day, seconds=4), "single", execution=f"{day}")
+        assert outcome.info.phase is Phase.SUCCESS
+        log = job_server.log("get", since=before)
+        [create] = job_server.log("create", since=before)
+        reads.append(len(log))
+        lags.append(10 * (log[-1].mono - create.mono) - 40)
+    assert reads[0] > 15
+    assert reads[1] < reads[0] / 2
+    assert max(lags) < 6  # a tenth of 40 s, and what a loaded machine adds
+
+
+async def test_a_failure_tells_nothing_of_how_long_a_job_takes(
+    job_server: EmbeddedJobServer, tmp_path: Path
+) -> None:
+    reads: list[int] = []
+    for spec in (ReportJob(day=1, seconds=2, outcome="fail"), ReportJob(day=2, seconds=2)):
+        before = len(job_server.log())
+        with at(tmp_path, job_server, speed=10) as host:
+            await run(host, spec, "single", execution=f"{spec.day}")
+        reads.append(len(job_server.log("get", since=before)))
+    assert abs(reads[0] - reads[1]) <= 3
+
+
+async def test_a_job_that_create_told_about_is_not_read_at_once(
+    job_server: EmbeddedJobServer, tmp_path: Path
+) -> None:
+    """One that is over by then is not read at all."""
+    with at(tmp_path, job_server, initialInterval="1s") as host:
+        done = await run(host, ReportJob(day=1, seconds=0, result=7), "keys")
+        assert done.value.data == 7
+        assert not job_server.log("get")
+        await run(host, ReportJob(day=2, seconds=0.5), "keys")
+    [create] = job_server.log("create")[1:]
+    [get] = job_server.log("get")
+    assert get.mono - create.mono > 0.8
