@@ -13,6 +13,7 @@ from pydantic import HttpUrl, SecretStr, ValidationError
 from prefect_webapi import (
     AlreadyExists,
     ConfigurationError,
+    CreateResult,
     EngineSettings,
     NotFound,
     Phase,
@@ -136,8 +137,11 @@ async def test_a_job_is_made_under_its_key_with_fingerprint_and_labels(
 ) -> None:
     """CASE-223, REQ-25, REQ-67: the server takes no other token than the block's."""
     spec = ReportJob(day=3, quota="gpu", result="\u2028")
-    handle = await plugin.create(task_of(spec))
-    assert handle == JobHandle(name=KEY)
+    told = await plugin.create(task_of(spec))
+    assert isinstance(told, CreateResult)
+    assert told.resource_meta == JobHandle(name=KEY)
+    assert told.resource is not None
+    assert told.resource.state == "running"
     (made,) = job_server.jobs()
     assert (made.name, made.fingerprint) == (KEY, FINGERPRINT)
     assert made.labels["task_run_id"] == "t"
@@ -189,7 +193,8 @@ async def test_delete_hands_the_reason_on_and_does_not_mind_a_job_that_is_over(
     job_server: EmbeddedJobServer, plugin: JobServerPlugin
 ) -> None:
     """REQ-43, REQ-44."""
-    handle = await plugin.create(task_of(ReportJob(outcome="never")))
+    await plugin.create(task_of(ReportJob(outcome="never")))
+    handle = JobHandle(name=KEY)
     await plugin.delete(DeleteView(handle, "deadline of 10s exceeded"))
     assert (await plugin.get(GetView(handle))).message == "deadline of 10s exceeded"
     await plugin.delete(DeleteView(handle, "again"))
