@@ -146,7 +146,7 @@ async def test_a_job_is_made_under_its_key_with_fingerprint_and_labels(
     assert (made.name, made.fingerprint) == (KEY, FINGERPRINT)
     assert made.labels["task_run_id"] == "t"
     assert job_server.log("create")[0].body["spec"] == spec.model_dump(mode="json")
-    assert (await plugin.get(GetView(handle))).state == "running"
+    assert (await plugin.get(GetView(JobHandle(name=KEY)))).state == "running"
 
 
 async def test_a_spec_names_its_quota(plugin: JobServerPlugin) -> None:
