@@ -6,6 +6,7 @@ connection proves about a create is decided here once (`job_may_exist`).
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import ipaddress
@@ -15,8 +16,8 @@ import re
 import socket
 import ssl
 import time
-from collections.abc import Awaitable, Callable, Generator, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
@@ -72,8 +73,6 @@ MESSAGE_CHARACTERS = 800
 CONNECT_SECONDS = 10.0
 """Shorter than the engine's own time-outs: a connect that hangs is then known to have sent nothing."""
 POOL_SECONDS = 20.0
-AT_ONCE = 8
-"""Requests at once in one pool of connections."""
 KEEPALIVE_SECONDS = 4.0
 """Below the 5 s after which many servers close: a request on a connection just closed has an unknown outcome."""
 
@@ -224,15 +223,9 @@ class RemoteClient:
         self._timeout = httpx.Timeout(
             longest, connect=min(longest, CONNECT_SECONDS), pool=min(longest, POOL_SECONDS)
         )
-        most = max_connections if max_connections < 2 * AT_ONCE else AT_ONCE
-        self._limits = httpx.Limits(
-            max_connections=most,
-            max_keepalive_connections=most,
-            keepalive_expiry=KEEPALIVE_SECONDS,
-        )
         self._transport = transport
         self._cookies = CookieJar()
-        self._clients = _Clients(self._make, 1 if transport else max_connections // AT_ONCE)
+        self._clients = _Clients(self._make, None if transport else max_connections)
         self._is_closed = False
 
     def __repr__(self) -> str:
@@ -333,7 +326,8 @@ class RemoteClient:
         began, came = time.monotonic(), "no answer"
         try:
             with request_span(method, url.scheme, url.host) as span:
-                with self._opened() as client:
+                client = await self._taken()
+                try:
                     async with client.stream(
                         method, url, content=content or None, headers=sent
                     ) as response:
@@ -341,6 +335,8 @@ class RemoteClient:
                         if span is not None:
                             span.set_attribute("http.response.status_code", response.status_code)
                         body = await self._body(response, mask)
+                finally:
+                    self._clients.give(client)
                 return Answer(response.status_code, dict(response.headers.items()), body, mask)
         except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, OSError) as error:
             found = classify(error)
@@ -399,18 +395,21 @@ class RemoteClient:
             )
         return bytes(body[:limit])
 
-    def _opened(self) -> AbstractContextManager[httpx.AsyncClient]:
-        """Made at the first use, on the loop that uses it."""
+    async def _taken(self) -> httpx.AsyncClient:
         if self._is_closed:
             raise RemoteSystemError("the client is closed", code="Closed", job_may_exist=False)
-        return self._clients.one()
+        return await self._clients.take()
 
     def _make(self) -> httpx.AsyncClient:
         secure = self._base_url.startswith("https:")
         return httpx.AsyncClient(
             verify=_trusted() if secure else False,
             timeout=self._timeout,
-            limits=self._limits,
+            limits=httpx.Limits(
+                max_connections=1,
+                max_keepalive_connections=1,
+                keepalive_expiry=KEEPALIVE_SECONDS,
+            ),
             transport=self._transport,
             cookies=self._cookies,
             follow_redirects=False,
@@ -418,37 +417,52 @@ class RemoteClient:
 
 
 class _Clients:
-    """httpx clients that share the requests to one service; another is made when those there are busy.
+    """httpx clients with a connection each; the one that was used last is taken first.
 
-    A pool of httpx looks through all of its connections at each request and at each answer: a hundred in one pool
-    take ten times the CPU of a hundred in small ones (`benchmarks.transport`).
+    A pool of httpx looks through all of its connections, and asks the idle ones whether they still are, at each
+    request and at each answer: what is found here costs more than the rest of a request (`benchmarks.transport`).
 
     Args:
-        most: that many of them; 0 counts as 1.
+        most: so many at once; None: one for all, whose transport sees to its connections.
     """
 
-    def __init__(self, make: Callable[[], httpx.AsyncClient], most: int) -> None:
+    def __init__(self, make: Callable[[], httpx.AsyncClient], most: int | None) -> None:
         self._make = make
-        self._most = max(1, most)
-        self._busy: dict[httpx.AsyncClient, int] = {}
+        self._places = None if most is None else asyncio.Semaphore(most)
+        self._all: set[httpx.AsyncClient] = set()
+        self._idle: deque[tuple[httpx.AsyncClient, float]] = deque()
 
-    @contextmanager
-    def one(self) -> Generator[httpx.AsyncClient]:
-        """One for a request, the first that is not busy."""
-        client = next((each for each, at_once in self._busy.items() if at_once < AT_ONCE), None)
-        if client is None and len(self._busy) < self._most:
-            client = self._make()
-            self._busy[client] = 0
-        elif client is None:
-            client = min(self._busy, key=self._busy.__getitem__)
-        self._busy[client] += 1
+    async def take(self) -> httpx.AsyncClient:
+        """One for a request, to be given back.
+
+        Raises:
+            httpx.PoolTimeout: all were busy for too long.
+        """
+        if self._places is None:
+            return next(iter(self._all), None) or self._new()
+        while self._idle and time.monotonic() - self._idle[0][1] > KEEPALIVE_SECONDS:
+            client, _ = self._idle.popleft()
+            self._all.discard(client)
+            await client.aclose()
         try:
-            yield client
-        finally:
-            self._busy[client] -= 1
+            async with asyncio.timeout(POOL_SECONDS if self._places.locked() else None):
+                await self._places.acquire()
+        except TimeoutError:
+            raise httpx.PoolTimeout(f"no connection was free for {POOL_SECONDS:g} s") from None
+        return self._idle.pop()[0] if self._idle else self._new()
+
+    def give(self, client: httpx.AsyncClient) -> None:
+        if self._places is not None:
+            self._idle.append((client, time.monotonic()))
+            self._places.release()
+
+    def _new(self) -> httpx.AsyncClient:
+        client = self._make()
+        self._all.add(client)
+        return client
 
     async def aclose(self) -> None:
-        for client in list(self._busy):
+        for client in list(self._all):
             await client.aclose()
 
 
