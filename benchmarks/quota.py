@@ -120,7 +120,7 @@ def ours(slots: int, seconds: float) -> Figures:
             async def give_back() -> None:
                 for lease in leases:
                     quotas.release([LIMIT], lease, weight=1)
-                while quotas._releasing:  # noqa: ASYNC110 - they end by themselves
+                while quotas._leases.releasing:  # noqa: ASYNC110 - they end by themselves
                     await anyio.sleep(0.02)
 
             await parts.note("take", take())

@@ -19,6 +19,7 @@ from prefect_webapi._prefect.secrets import BlockSecrets
 from prefect_webapi._prefect.slots import PrefectSlots
 from prefect_webapi.clock import process_clock
 from prefect_webapi.contract.config import EngineSettings
+from prefect_webapi.engine.channels import LedgerCount
 from prefect_webapi.engine.liveness import this_process
 from prefect_webapi.engine.runtime import Runtime
 from prefect_webapi.engine.services import Services
@@ -98,6 +99,7 @@ def make_runtime(
             clock=clock,
             metrics=metrics,
             lease=settings.slot_lease,
+            ledger=LedgerCount(store),
         ),
         secrets=BlockSecrets(api),
         outputs=ResultStorage(),

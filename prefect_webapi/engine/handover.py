@@ -12,14 +12,13 @@ from typing import Any
 from prefect_webapi.contract.phase import Phase, PhaseInfo
 from prefect_webapi.contract.task import JobSpec
 from prefect_webapi.engine import machine
-from prefect_webapi.engine.job import Call, Ending
+from prefect_webapi.engine.job import Call, Ending, slot_of
 from prefect_webapi.engine.liveness import is_alive
 from prefect_webapi.engine.machine import Event
 from prefect_webapi.engine.outputs import recall
 from prefect_webapi.engine.request import Caller, JobRequest, Outcome
 from prefect_webapi.engine.services import Services
 from prefect_webapi.ledger.records import JobState, Move, MoveResult, Record, RuntimeRow
-from prefect_webapi.quotas import SlotLease
 from prefect_webapi.registry import Loaded
 
 __all__ = ["Others", "close", "free", "release", "request_of", "settle", "spec_of", "take_over"]
@@ -243,5 +242,4 @@ def free(services: Services, record: Record) -> None:
     """Give back the place that a job had, if its lease is still there."""
     lease = record.details.lease
     if record.quotas and lease is not None:
-        slot = SlotLease(id=lease.id, until=lease.until)
-        services.quotas.release(record.quotas, slot, weight=record.weight)
+        services.quotas.release(record.quotas, slot_of(lease), weight=record.weight)

@@ -13,7 +13,7 @@ from typing import Any
 import anyio
 from pydantic import SecretStr
 
-from prefect_webapi.contract.errors import LedgerConflict, LedgerUnavailable
+from prefect_webapi.contract.errors import LedgerConflict, LedgerError, LedgerUnavailable
 from prefect_webapi.contract.keys import Fingerprint, JobKey, job_key
 from prefect_webapi.contract.phase import Phase, PhaseInfo, TaskInfo
 from prefect_webapi.engine import machine
@@ -33,7 +33,17 @@ from prefect_webapi.poller import Watched
 from prefect_webapi.quotas import SlotLease
 from prefect_webapi.registry import Loaded
 
-__all__ = ["Call", "Ending", "Job", "persist", "try_persist", "view_of"]
+__all__ = [
+    "Call",
+    "Ending",
+    "Job",
+    "lease_of",
+    "note_lease",
+    "persist",
+    "slot_of",
+    "try_persist",
+    "view_of",
+]
 
 LEDGER_PATIENCE = timedelta(minutes=2)
 """How long a write that must not be lost is repeated while the ledger can't be reached."""
@@ -287,11 +297,11 @@ class Job:
     @property
     def slot(self) -> SlotLease | None:
         """Its lease as the quotas know it."""
-        return SlotLease(id=self.lease.id, until=self.lease.until) if self.lease else None
+        return slot_of(self.lease) if self.lease else None
 
     def lend(self, slot: SlotLease) -> None:
         """The lease that the job has from now on."""
-        self.lease = Lease(id=slot.id, until=slot.until)
+        self.lease = lease_of(slot)
 
     def told(self, info: PhaseInfo) -> None:
         """Remember what people were told of it."""
@@ -365,6 +375,32 @@ def view_of(
         connection=loaded.connection.value,
         max_dataset_size_bytes=loaded.settings.max_dataset_size_bytes,
     )
+
+
+def lease_of(slot: SlotLease) -> Lease:
+    """As the ledger keeps it."""
+    return Lease(id=slot.id, until=slot.until, part=slot.part)
+
+
+def slot_of(lease: Lease) -> SlotLease:
+    """As the quotas know it."""
+    return SlotLease(id=lease.id, until=lease.until, part=lease.part)
+
+
+async def note_lease(services: Services, job: Job, slot: SlotLease) -> bool:
+    """Write down that the job has this lease now; False: the ledger may still name another one."""
+    async with job.writing:
+        old, now = job.record, services.clock.now()
+        if old.state.is_over:
+            return True
+        kept = replace(old.details, lease=lease_of(slot))
+        try:
+            result = await services.store.move(Move(old=old, state=old.state, at=now, details=kept))
+        except LedgerError:
+            return False
+        if result is MoveResult.OK:
+            job.record = replace(old, updated_at=now, details=kept)
+        return result is MoveResult.OK
 
 
 async def persist(services: Services, job: Job, event: Event, **details: Any) -> None:

@@ -42,7 +42,7 @@ from prefect_webapi.engine.drafts import conflict, draft_for
 from prefect_webapi.engine.durations import Durations
 from prefect_webapi.engine.faults import fault_point
 from prefect_webapi.engine.handover import Others, close, release, request_of, take_over
-from prefect_webapi.engine.job import Call, Ending, Job, persist
+from prefect_webapi.engine.job import Call, Ending, Job, note_lease, persist
 from prefect_webapi.engine.liveness import BEAT_EVERY
 from prefect_webapi.engine.lobby import Lobby
 from prefect_webapi.engine.machine import Event
@@ -587,6 +587,7 @@ class Runtime:
             weight=job.record.weight,
             holder=job.record.task_run,
             changed=job.lend,
+            written=partial(note_lease, self._services, job),
         )
 
     async def _observe(self, seen: MemoryObjectReceiveStream[Observation]) -> None:
@@ -754,7 +755,7 @@ class Runtime:
         if self._closing or job.record.state.is_over:
             return  # a process that has ended drives nothing
         if (slot := job.slot) is not None:
-            if job.lease == job.record.details.lease:
+            if job.lease == job.record.details.lease or slot.part:
                 self._services.quotas.forget(slot)
             else:  # lent meanwhile, and nobody would find it
                 self._services.quotas.release(job.record.quotas, slot, weight=job.record.weight)

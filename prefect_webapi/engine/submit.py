@@ -28,10 +28,10 @@ from prefect_webapi.engine.adapters import handle_adapter
 from prefect_webapi.engine.calls import Calls, can_find, guarantee, is_sync
 from prefect_webapi.engine.evidence import back_off, failure_of, judge
 from prefect_webapi.engine.faults import fault_point
-from prefect_webapi.engine.job import Ending, Job, persist, try_persist
+from prefect_webapi.engine.job import Ending, Job, lease_of, note_lease, persist, try_persist
 from prefect_webapi.engine.machine import Event
 from prefect_webapi.engine.services import Services
-from prefect_webapi.ledger.records import JobState, Lease
+from prefect_webapi.ledger.records import JobState
 from prefect_webapi.quotas import SlotLease, Waiting
 
 __all__ = ["Alive", "Answered", "GivenUp", "Refused", "Stuck", "submit", "without_handle"]
@@ -128,7 +128,7 @@ async def _take_place(services: Services, job: Job) -> None:
 
     async def admit(slot: SlotLease) -> bool:
         fault_point("KP-04")
-        lease = Lease(id=slot.id, until=slot.until)
+        lease = lease_of(slot)
         job.note("SLOT_HELD", services.clock.now())
         if not await try_persist(services, job, event, lease=lease):
             job.steps = job.steps[:-1]
@@ -156,6 +156,7 @@ async def _take_place(services: Services, job: Job) -> None:
         waiting=waiting,
         turn=turn,
         changed=job.lend,
+        written=partial(note_lease, services, job),
     )
     fault_point("KP-05")
 

@@ -80,10 +80,11 @@ JsonText = Annotated[str, BeforeValidator(_as_text)]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lease:
-    """Slots lent by Prefect. `until` is when they lapse unless renewed."""
+    """Slots lent by Prefect. `until` is when they lapse unless renewed; `part`: by a lease for several jobs."""
 
     id: str
     until: datetime
+    part: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

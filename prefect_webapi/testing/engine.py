@@ -20,6 +20,7 @@ from prefect_webapi.contract.phase import PhaseInfo
 from prefect_webapi.contract.plugin import PluginEntry
 from prefect_webapi.contract.secrecy import secret_field
 from prefect_webapi.contract.task import JobSpec
+from prefect_webapi.engine.channels import LedgerCount
 from prefect_webapi.engine.faults import fault_point
 from prefect_webapi.engine.host import Host
 from prefect_webapi.engine.liveness import this_process
@@ -135,6 +136,7 @@ class LocalSlots:
     def __init__(self, clock: Clock) -> None:
         self.limits: dict[str, int] = {}
         self.leases: dict[str, tuple[Sequence[str], int]] = {}
+        self.lent = 0
         self._clock = clock
 
     async def ensure(self, name: str, limit: int) -> None:
@@ -149,7 +151,8 @@ class LocalSlots:
         for name in names:
             if await self.active(name) + slots > self.limits[name]:
                 return Busy(retry_after=1.0)
-        lease_id = f"lease-{len(self.leases)}-{holder}"
+        self.lent += 1
+        lease_id = f"lease-{self.lent}-{holder}"
         self.leases[lease_id] = (names, slots)
         fault_point("KP-03")
         return SlotLease(id=lease_id, until=self._clock.now() + timedelta(seconds=seconds))
@@ -222,13 +225,14 @@ def engine(
             registry.register(entry)
         counts = metrics or Metrics()
         me = this_process(clock.now())
+        kept = store(ledger or ledger_in(folder), clock=clock)
         services = Services(
             runtime_id=me.id,
             clock=clock,
-            store=store(ledger or ledger_in(folder), clock=clock),
+            store=kept,
             plugins=Plugins(registry, connections, metrics=counts, clock=clock),
             gates=Gates(clock, counts),
-            quotas=Quotas(slots(clock), clock=clock, metrics=counts),
+            quotas=Quotas(slots(clock), clock=clock, metrics=counts, ledger=LedgerCount(kept)),
             secrets=secrets or LocalSecrets(),
             outputs=outputs or FolderOutputs(folder / "outputs"),
             metrics=counts,

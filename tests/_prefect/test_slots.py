@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import uuid
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import anyio
 import pytest
@@ -20,6 +22,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
+from prefect_webapi import leases
 from prefect_webapi._prefect.slots import PrefectSlots
 from prefect_webapi.clock import Clock
 from prefect_webapi.metrics import Metrics
@@ -330,6 +333,81 @@ async def test_slots_that_a_restarted_server_leaked_come_back(
                 assert await taken(name) == 2
                 quotas.release([name], fresh, weight=2)
             assert await taken(name) == 0
+
+
+async def test_places_of_one_lease_are_given_back_one_by_one_and_their_count_is_that_of_the_jobs(
+    slots: PrefectSlots, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CASE-138, CASE-143: 60 places, 10 of them with leases of their own; they end in any order, some twice."""
+    monkeypatch.setattr(leases, "SINGLES", 10)
+    calls = [0]
+    acquire = slots.acquire
+
+    async def counted(*given: Any) -> SlotLease | Busy:
+        calls[0] += 1
+        return await acquire(*given)
+
+    monkeypatch.setattr(slots, "acquire", counted)
+    async with make_quotas(slots) as quotas:
+        await quotas.configure(name, 64)
+        held: list[SlotLease] = []
+
+        async def job() -> None:
+            held.append(await take(quotas, name))
+
+        async with anyio.create_task_group() as group:
+            for _ in range(60):
+                group.start_soon(job)
+        assert calls[0] == 10 + 2
+        assert await taken(name) == 60
+        random.Random(1).shuffle(held)
+        for left in (50, 27, 3, 0):
+            while len(held) > left:
+                lease = held.pop()
+                for _ in range(2):
+                    quotas.release([name], lease, weight=1)
+            await eventually(lambda n=left: is_taken(name, n), within=20)
+        assert calls[0] <= 10 + 2 + 4
+
+
+async def is_taken(name: str, slots: int) -> bool:
+    return await taken(name) == slots
+
+
+async def test_blocks_of_a_restarted_server_come_back_once_and_are_lent_anew(
+    own_prefect_server: PrefectServer, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CASE-141: a process renews late, finds that all is lost, and has its 55 places again; one ended meanwhile."""
+    monkeypatch.setattr(leases, "SINGLES", 5)
+    server, clock = own_prefect_server, Later()
+    with pointed_at(server):
+        async with (
+            PrefectSlots(clock) as slots,
+            Quotas(
+                slots,
+                clock=clock,
+                metrics=Metrics(CollectorRegistry()),
+                lease=timedelta(seconds=LEASE),
+            ) as quotas,
+        ):
+            await quotas.configure(name, 55)
+            held: list[SlotLease] = []
+            async with anyio.create_task_group() as group:
+
+                async def job() -> None:
+                    held.append(await take(quotas, name))
+
+                for _ in range(55):
+                    group.start_soon(job)
+            await asyncio.to_thread(server.kill)
+            await asyncio.to_thread(server.start)
+            await eventually(lambda: is_taken(name, 55), within=20)  # a round may be under way
+            clock.later = 20.0  # the next round is due
+            quotas.release([name], held[-1], weight=1)
+            await eventually(lambda: is_taken(name, 54), within=40)
+            for lease in held:
+                quotas.release([name], lease, weight=1)
+            await eventually(lambda: is_taken(name, 0), within=40)
 
 
 class Colliding(Server):

@@ -17,6 +17,7 @@ from prefect_webapi import (
     ResourceConstraintsSpec,
     ResourceRequirements,
     TaskExecutionContextReader,
+    leases,
     path,
 )
 from prefect_webapi.clock import Clock
@@ -24,7 +25,7 @@ from prefect_webapi.contract.errors import ConfigurationError, QuotaNotConfigure
 from prefect_webapi.engine.channels import LedgerCount
 from prefect_webapi.engine.host import Host, Ticket
 from prefect_webapi.engine.request import JobRequest
-from prefect_webapi.ledger.records import JobState, Move, MoveResult, QuotaRow
+from prefect_webapi.ledger.records import JobState, Move, MoveResult, QuotaRow, Record
 from prefect_webapi.ledger.sql import SqlStore
 from prefect_webapi.quotas import Busy, SlotLease, SlotsUnavailable
 from prefect_webapi.testing import EmbeddedJobServer
@@ -601,3 +602,66 @@ async def test_slots_lent_to_a_job_that_the_ledger_has_no_room_for_are_no_leak(
             assert await count.held(limit) == 2
             assert await given_back(made[0], limit, count) == {}
         call.cancel()
+
+
+async def test_jobs_share_leases_and_no_record_names_one_that_was_given_back(
+    job_server: EmbeddedJobServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CASE-131, CASE-138, CASE-143: with some hundred jobs. The next process takes a lease of its own for each job."""
+    monkeypatch.setattr(leases, "SINGLES", 4)
+    slots = Witnessed(Counting)
+
+    def called(day: int, execution: str) -> JobRequest:
+        spec = ReportJob(day=day, outcome="never")
+        return request(spec, task_type="keys", execution=execution, task_run=f"{execution}-{day}")
+
+    async def records() -> Sequence[Record]:
+        async with another_store(ledger_of(tmp_path)) as store:
+            return await store.select(states=[JobState.CREATED])
+
+    async def all_is_told() -> bool:
+        leased = [record.details.lease for record in await records()]
+        singles = {lease.id for lease in leased if lease is not None and not lease.part}
+        lent = slots.made[0].leases
+        blocks = sum(taken for _, taken in lent.values() if taken > 1)
+        parts = sum(lease is not None and lease.part for lease in leased)
+        return singles == {lease for lease, (_, n) in lent.items() if n == 1} and parts == blocks
+
+    with at(tmp_path, job_server, quota(40), slots=slots) as host:
+        tickets = [host.admit(called(day, "execution-1")) for day in range(40)]
+        await eventually(lambda: job_server.stats().live == 40, within=20)
+        [counting] = slots.made
+        assert len(counting.leases) < 20
+        await eventually(all_is_told, within=5)
+        ended = [record for record in await records() if leased_in_part(record)][:3]
+        days = [int(record.task_run.rpartition("-")[2]) for record in ended]
+        for record in ended:
+            job_server.end(record.key, "succeeded")
+        await asyncio.gather(*(tickets[day].outcome() for day in days))
+        await eventually(all_is_told, within=5)
+        assert await slots.active() == 37
+    with at(tmp_path, job_server, quota(40), slots=slots) as host:
+        again = [host.admit(called(day, "execution-2")) for day in range(40) if day not in days]
+
+        async def all_are_held() -> bool:
+            return len(slots.made) == 2 and await slots.made[1].active(NAME) == 37
+
+        await eventually(all_are_held, within=20)
+        for job in job_server.jobs():
+            if job.name not in {record.key for record in ended}:
+                job_server.end(job.name, "succeeded")
+        outcomes = await asyncio.gather(*(ticket.outcome() for ticket in again))
+
+        async def none_is_held() -> bool:
+            return not slots.made[1].leases
+
+        await eventually(none_is_held, within=10)
+    assert all(outcome.info.phase is Phase.SUCCESS for outcome in outcomes)
+    stats = job_server.stats()
+    assert (stats.created, stats.peak_live) == (40, 40)
+    assert not stats.duplicates
+    assert await places_taken(tmp_path) == 0
+
+
+def leased_in_part(record: Record) -> bool:
+    return record.details.lease is not None and record.details.lease.part
