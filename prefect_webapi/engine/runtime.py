@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
+from itertools import count
 from typing import Any, TypeVar
 
 import anyio
@@ -83,6 +84,8 @@ CLOSING_SECONDS = 5.0
 jobs that were just delivered to be closed."""
 
 
+READ_AT_ONCE = 200
+"""Letters that are read before others get their turn of the loop."""
 COUNTED_AT_ONCE = 5_000
 """Jobs that are looked at before others get their turn of the loop."""
 COMING_IN = 500
@@ -160,8 +163,12 @@ class Runtime:
         while True:
             await self._mail.wait()
             self._mail.clear()
-            while self._inbox:
+            for nth in count(1):
+                if not self._inbox:
+                    break
                 self._inbox.popleft()()
+                if nth % READ_AT_ONCE == 0:
+                    await asyncio.sleep(0)
 
     async def _close(self) -> None:
         """What must not stop half-way gets a moment; everything else stays as the ledger has it."""

@@ -30,7 +30,7 @@ __all__ = ["Writer"]
 
 T = TypeVar("T")
 
-MAX_BATCH = 2000
+MAX_BATCH = 500
 REPEATS = 7
 _FIRST_PAUSE_SECONDS = 0.05
 _LONGEST_PAUSE_SECONDS = 1.0
