@@ -101,8 +101,8 @@ class LoopProbe:
     """A timer on the engine's loop that should ring every 2 ms: how late it rings is how long others would have waited.
 
     Attributes:
-        longest: seconds; longest_cpu: of CPU time that the loop's thread used in the longest one, so that less means
-            that the machine gave it to others.
+        longest: seconds, without the garbage collector's pauses; longest_cpu: of CPU time that the loop's thread used
+            in the longest one, so that less means that the machine gave it to others.
         collector: seconds of the longest pause for the garbage collector.
     """
 
@@ -110,7 +110,7 @@ class LoopProbe:
 
     def __init__(self, host: Host) -> None:
         self._host = host
-        self.longest = self.longest_cpu = self.collector = 0.0
+        self.longest = self.longest_cpu = self.collector = self._paused = 0.0
 
     def __enter__(self) -> LoopProbe:
         self._stop = False
@@ -125,9 +125,9 @@ class LoopProbe:
 
     async def _ring(self, runtime: Runtime) -> None:
         while not self._stop:
-            began, cpu = time.perf_counter(), time.thread_time()
+            began, cpu, paused = time.perf_counter(), time.thread_time(), self._paused
             await asyncio.sleep(self.EVERY)
-            late = time.perf_counter() - began - self.EVERY
+            late = time.perf_counter() - began - self.EVERY - (self._paused - paused)
             if late > self.longest:
                 self.longest, self.longest_cpu = late, time.thread_time() - cpu
 
@@ -135,4 +135,6 @@ class LoopProbe:
         if phase == "start":
             self._began = time.perf_counter()
         else:
-            self.collector = max(self.collector, time.perf_counter() - self._began)
+            pause = time.perf_counter() - self._began
+            self._paused += pause
+            self.collector = max(self.collector, pause)
