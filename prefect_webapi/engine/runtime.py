@@ -88,7 +88,7 @@ READ_AT_ONCE = 200
 """Letters that are read before others get their turn of the loop."""
 COUNTED_AT_ONCE = 5_000
 """Jobs that are looked at before others get their turn of the loop."""
-COMING_IN = 500
+COMING_IN = 200
 """Calls whose records are looked for at one time: enough for a full batch of the ledger's writer."""
 SYNC_GRACE_SECONDS = 0.5
 

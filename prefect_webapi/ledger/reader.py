@@ -133,7 +133,13 @@ class SqlReader:
             query = query.order_by(job.created_at.desc(), job.key.desc())
         else:
             query = query.order_by(job.created_at, job.key)
-        return self._reader.read_all(await self._fetch(query.limit(limit)))
+        rows, records = await self._fetch(query.limit(limit)), list[Record]()
+        for start in range(
+            0, len(rows), _READ_AT_ONCE
+        ):  # a hundred thousand would hold the loop up
+            records += self._reader.read_all(rows[start : start + _READ_AT_ONCE])
+            await asyncio.sleep(0)
+        return records
 
     async def quotas(self) -> Sequence[QuotaRow]:
         rows = await self._fetch(select(schema.quota).order_by(schema.quota.c.name))
