@@ -11,12 +11,14 @@ counted as well, over a service in memory.
 Run: `uv run python -m benchmarks.ledger [--quick] [--json] [--repetitions N]`
 """
 
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 import asyncio
 import itertools
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -193,7 +195,7 @@ def whole_engine(jobs: int, quota: bool) -> Figures:
 
 
 @contextmanager
-def _ledgers(folder: str) -> Iterator[dict[str, Callable[[], str]]]:
+def _ledgers(folder: str) -> Generator[dict[str, Callable[[], str]]]:
     """``dict[kind, URL of a fresh one]``."""
     number = itertools.count()
 

@@ -32,11 +32,8 @@ from rich.table import Table as RichTable
 
 from benchmarks.plot import Curves, draw
 
-__all__ = [
-    *("CPU", "PEAK", "THREADS", "WALL"),
-    *("Chosen", "Figures", "Report", "Series", "Table", "Target"),
-    *("by_turns", "in_child", "main", "short", "using"),
-]
+__all__ = ["CPU", "PEAK", "THREADS", "WALL", "Chosen", "Figures", "Report", "Series", "Table"]
+__all__ += ["Target", "by_turns", "in_child", "main", "short", "using"]
 
 Figures = dict[str, float]
 """What one repetition measured, by name; the unit is in the name."""

@@ -65,7 +65,7 @@ def awaited_bare(jobs: int) -> Figures:
     async def naps(jobs: int, seconds: float) -> None:
         await asyncio.gather(*(nap(seconds) for _ in range(jobs)))
 
-    return _used(jobs, lambda *given: asyncio.run(naps(*given)))
+    return _used(jobs, lambda n, seconds: asyncio.run(naps(n, seconds)))
 
 
 def awaited_remote(jobs: int, url: str) -> Figures:
@@ -112,7 +112,7 @@ def many(jobs: int, url: str) -> Figures:
     async def remote(jobs: int, seconds: float) -> None:
         await run_many(job, [ReportJob(day=day, seconds=seconds) for day in range(jobs)])
 
-    return _used(jobs, lambda *given: asyncio.run(remote(*given)), url)
+    return _used(jobs, lambda n, seconds: asyncio.run(remote(n, seconds)), url)
 
 
 def _used(jobs: int, work: Callable[[int, float], Any], url: str = "") -> Figures:

@@ -9,7 +9,7 @@ import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from benchmarks.all import NAMES
 from benchmarks.measure import Series, short
@@ -69,7 +69,7 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _cell(value: Any) -> str:
     if isinstance(value, dict):
-        return str(Series(tuple(value["values"])))
+        return str(Series(tuple(cast(Mapping[str, Any], value)["values"])))
     return short(value) if isinstance(value, int | float) else str(value)
 
 

@@ -16,6 +16,8 @@ the same requests in the clear to 2.2, which spares it the TLS handshake that it
 Run: `uv run python -m benchmarks.polls [--quick] [--json] [--repetitions N]`
 """
 
+# pyright: reportPrivateUsage=false, reportMissingTypeStubs=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 from __future__ import annotations
 
 import asyncio

@@ -13,6 +13,8 @@ are shown per slot and minute.
 Run: `uv run python -m benchmarks.quota [--quick] [--json] [--sizes 100] [--repetitions N]`
 """
 
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 import asyncio
@@ -20,6 +22,7 @@ import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
+from typing import Any
 
 import anyio
 import httpx
@@ -55,7 +58,7 @@ class Calls:
         for kind in (httpx.AsyncClient, httpx.Client):
             self._count(kind)
 
-    def _count(self, kind: type) -> None:
+    def _count(self, kind: Any) -> None:
         real = kind.send
 
         def send(client: object, *given: object, **more: object) -> object:

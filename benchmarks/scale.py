@@ -15,6 +15,8 @@ CASE-270: judging 100,000 snapshots of a live job takes at most 2 s, without the
 Run: `uv run python -m benchmarks.scale [--quick] [--json] [--sizes 1000 10000] [--repetitions N]`
 """
 
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 import asyncio
