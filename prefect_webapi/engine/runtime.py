@@ -384,8 +384,9 @@ class Runtime:
             logger.exception("a call of task %s failed in the engine", call.request.task_name)
             call.fail(error)
         finally:
-            self._entering.discard(call)
-            self._ended.pop(call, None)
+            if call.job is None:  # else `_attach` has done it, and a call that lost its job enters anew
+                self._entering.discard(call)
+                self._ended.pop(call, None)
 
     async def _find_or_make(self, call: Call, found: Callable[[], None]) -> None:
         """From a call to its job. `found()`: its record is there, what follows may last."""
