@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections import Counter
+from datetime import timedelta
+from functools import partial
 from typing import Any, Literal
 from uuid import UUID
 
@@ -22,6 +24,9 @@ from prefect.runtime import flow_run
 from prefect.settings import PREFECT_TASKS_DEFAULT_RETRIES, temporary_settings
 
 from prefect_webapi import ConfigurationError, JobFailed, run_many, task_for
+from prefect_webapi._prefect import service
+from prefect_webapi.contract.keys import JobKey
+from prefect_webapi.engine.reaper import cancel
 from prefect_webapi.testing import EmbeddedJobServer
 from prefect_webapi_jobserver import Report, ReportJob
 from tests.support.engine import block
@@ -101,6 +106,55 @@ async def test_failures_are_collected_or_raised_when_all_are_over(
         await nightly(raise_on_failure=True)
     assert "1 of 3 jobs failed" in caught.value.__notes__[0]
     assert job_server.stats().live == 0
+
+
+@prefect_leaks
+async def test_a_job_beyond_its_deadline_is_one_failure_among_results(
+    job_server: EmbeddedJobServer,
+) -> None:
+    """Its time is up, not that of the others."""
+    specs = [
+        ReportJob(day=0, seconds=0.1, result=0),
+        ReportJob(day=1, outcome="never"),
+        ReportJob(day=2, seconds=0.1, result=2),
+    ]
+    task = task_of(job_server).with_options(deadline=timedelta(seconds=2))
+
+    @flow
+    async def nightly() -> Ends:
+        return await run_many(task, specs, raise_on_failure=False)
+
+    first, late, last = await nightly()
+    assert isinstance(first, Report)
+    assert isinstance(late, JobFailed)
+    assert "deadline" in str(late)
+    assert isinstance(last, Report)
+
+
+@prefect_leaks
+async def test_a_job_that_an_operator_ends_is_one_failure_among_results(
+    job_server: EmbeddedJobServer,
+) -> None:
+    """`jobs cancel KEY`: the call itself was not cancelled."""
+    specs = [ReportJob(day=0, outcome="never"), ReportJob(day=1, seconds=0.1, result=1)]
+
+    @flow
+    async def nightly() -> Ends:
+        return await run_many(task_of(job_server), specs, raise_on_failure=False)
+
+    running = asyncio.ensure_future(nightly())
+    await eventually(
+        lambda: (job_server.stats().created, job_server.stats().live) == (2, 1), within=20
+    )
+    engine = service.started()
+    assert engine is not None
+    [job] = [job for job in job_server.jobs() if not job.state.is_over]
+    ending = partial(cancel, keys=[JobKey(job.name)], reason="an operator ends it")
+    await asyncio.wrap_future(engine.host.perform(ending))
+    first, second = await running
+    assert isinstance(first, JobFailed)
+    assert "an operator ends it" in str(first)
+    assert isinstance(second, Report)
 
 
 @prefect_leaks

@@ -72,15 +72,15 @@ async def run_jobs(
     async def end(call: Call[_Jobs]) -> State[Any]:
         await call.ticket.start()
         outcomes = [call.ended_as(each) for each in await call.ticket.outcomes()]
+        stopped = next(filter(call.ticket.has_stopped, outcomes), None)
+        if stopped is not None:
+            return states.cancelled(stopped.info.reason or "cancelled", stopped)
         return _end(outcomes, raise_on_failure)
 
     return await driven(load, admit, end)
 
 
 def _end(outcomes: Sequence[Outcome], raise_on_failure: bool) -> State[Any]:
-    stopped = next((each for each in outcomes if each.stopped_by_us), None)
-    if stopped is not None:
-        return states.cancelled(stopped.info.reason or "cancelled", stopped)
     ends = [
         each.value if each.info.phase is Phase.SUCCESS else states.job_failed(each)
         for each in outcomes
@@ -127,6 +127,7 @@ class _Jobs:
         self._stirred = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._stop: Callable[[Ticket], None] | None = None
+        self._is_cancelled = self._is_paused = False
         self._error: Exception | None = None
 
     async def start(self) -> None:
@@ -154,14 +155,21 @@ class _Jobs:
         return (await self.outcomes())[-1]
 
     def cancel(self, reason: str) -> None:
+        self._is_cancelled = True
         self._say(lambda ticket: ticket.cancel(reason))
 
     def pause(self, *, leaves: bool) -> None:
+        self._is_paused = True
         # Of a flow run that is only paused we hear again for as long as it is: then the jobs go on.
         self._say(lambda ticket: ticket.pause(leaves=leaves), ends=leaves, leaves=leaves)
 
     def detach(self) -> None:
         self._say(lambda ticket: ticket.detach(), leaves=True)
+
+    def has_stopped(self, outcome: Outcome) -> bool:
+        """Whether a job was stopped with all others, and not by itself: by its deadline, or by an operator."""
+        stops = self._is_cancelled or (self._is_paused and outcome.settings.cancel_on_pause)
+        return stops and outcome.stopped_by_us and outcome.info.phase is Phase.ABORTED
 
     def _say(
         self, what: Callable[[Ticket], None], *, ends: bool = True, leaves: bool = False
