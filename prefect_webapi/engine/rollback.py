@@ -6,12 +6,16 @@ from collections.abc import Collection
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import anyio
+
+from prefect_webapi.contract.errors import LedgerError
 from prefect_webapi.contract.keys import JobKey
 from prefect_webapi.contract.phase import Phase, PhaseInfo
 from prefect_webapi.ledger.records import JobState, Move, MoveResult, Record, Step
 
 if TYPE_CHECKING:
     from prefect_webapi.engine.runtime import Runtime
+    from prefect_webapi.engine.services import Services
 
 __all__ = ["take_back"]
 
@@ -26,31 +30,45 @@ async def take_back(runtime: Runtime, *, keys: Collection[JobKey], reason: str) 
     Raises:
         LedgerError: the ledger can't be used.
     """
-    services = runtime.services
+    services, troubles = runtime.services, list[LedgerError]()
     patience = services.clock.monotonic() + SETTLING_SECONDS
-    for key in keys:
+
+    async def one(key: JobKey) -> None:
+        try:
+            await _take_back(services, key, reason, patience)
+        except LedgerError as error:
+            troubles.append(error)
+
+    async with anyio.create_task_group() as group:  # the ledger reads and writes many in one go
+        for key in set(keys):
+            group.start_soon(one, key)
+    if troubles:
+        raise troubles[0]
+
+
+async def _take_back(services: Services, key: JobKey, reason: str, patience: float) -> None:
+    record = await services.store.get(key)
+    while record and _is_settling(record) and services.clock.monotonic() < patience:
+        await services.clock.sleep(STEP_SECONDS)  # its owner delivered it, and closes it now
         record = await services.store.get(key)
-        while record and _is_settling(record) and services.clock.monotonic() < patience:
-            await services.clock.sleep(STEP_SECONDS)  # its owner delivered it, and closes it now
-            record = await services.store.get(key)
-        if record is None or not _succeeded(record):
-            continue
-        now, info = services.clock.now(), record.details.phase
-        ended = PhaseInfo.aborted(reason, info=info.info) if info else PhaseInfo.aborted(reason)
-        step = Step(name=Phase.ABORTED.name, at=now, reason=reason)
-        details = replace(
-            record.details,
-            phase=ended,
-            outputs=None,
-            stopped_by_us=True,
-            last_error=reason,
-            steps=(*record.details.steps, step),
-        )
-        move = Move(old=record, state=record.state, at=now, details=details)
-        if await services.store.move(move) is MoveResult.LOST:  # a second call took it over
-            again = await services.store.get(key)
-            if again is not None:
-                await services.store.move(replace(move, old=again, state=again.state))
+    if record is None or not _succeeded(record):
+        return
+    now, info = services.clock.now(), record.details.phase
+    ended = PhaseInfo.aborted(reason, info=info.info) if info else PhaseInfo.aborted(reason)
+    step = Step(name=Phase.ABORTED.name, at=now, reason=reason)
+    details = replace(
+        record.details,
+        phase=ended,
+        outputs=None,
+        stopped_by_us=True,
+        last_error=reason,
+        steps=(*record.details.steps, step),
+    )
+    move = Move(old=record, state=record.state, at=now, details=details)
+    if await services.store.move(move) is MoveResult.LOST:  # a second call took it over
+        again = await services.store.get(key)
+        if again is not None:
+            await services.store.move(replace(move, old=again, state=again.state))
 
 
 def _is_settling(record: Record) -> bool:
