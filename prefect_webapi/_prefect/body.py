@@ -54,7 +54,6 @@ __all__ = [
     "run_async",
     "run_sync",
     "until_stopped",
-    "watched",
 ]
 
 logger = logging.getLogger(__name__)
@@ -107,19 +106,32 @@ class Job:
     chain: Chain | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Call(Generic[WaitT]):
     """One attempt of a task run that waits for its job, or its jobs.
 
     Attributes:
-        ended: keys of the jobs that are over, once all are.
+        ended: keys of the jobs that are over by now.
     """
 
+    engine: Engine
     ticket: WaitT
     reporter: TaskRunReporter
     job: Job
-    forget: Callable[[], None]
+    who: Caller
+    run: TaskRun
     ended: list[JobKey] = field(default_factory=list[JobKey])
+    forget: Callable[[], None] | None = None
+
+    def watch(self) -> None:
+        """Watch over its flow runs until it is closed. Apart from its making: an interrupt has to find the call."""
+        self.forget = self.engine.watch.add(
+            self.ticket,
+            (self.who.flow_run, self.who.root_run, *self.who.levels),
+            self.run.id,
+            leaves_job=self.job.on_exit == "leave",
+        )
+        undone_with_transaction(self.engine.host, self.ticket, lambda: self.ended)
 
     def ended_as(self, outcome: Outcome) -> Outcome:
         """A job is over; its outcome once more."""
@@ -129,7 +141,8 @@ class Call(Generic[WaitT]):
 
     def close(self) -> None:
         """Nothing of ours touches the task run after this."""
-        self.forget()
+        if self.forget is not None:
+            self.forget()
         self.reporter.close()
 
 
@@ -173,6 +186,7 @@ async def driven(
     try:
         try:
             call = admit(service.started() or await anyio.to_thread.run_sync(service.start, load))
+            call.watch()
             return await _told(await end(call))
         except INTERRUPTS as interrupt:
             cause = _interrupted(call, interrupt, began)
@@ -202,6 +216,7 @@ def run_sync(
     try:
         try:
             call = _admit(job, spec, context, service.start(load))
+            call.watch()
             outcome = call.ended_as(call.ticket.outcome_blocking())
             return _told_blocking(states.ending(outcome))
         except INTERRUPTS as interrupt:
@@ -250,7 +265,7 @@ def _admit(job: Job, spec: JobSpec[Any], context: TaskRunContext, engine: Engine
     request = request_of(
         own, spec, who, reporter, task_name=context.task.name, inputs=_inputs(context.parameters)
     )
-    return watched(engine, engine.host.admit(request), reporter, own, who, run)
+    return Call(engine, engine.host.admit(request), reporter, own, who, run)
 
 
 def request_of(
@@ -281,26 +296,6 @@ def request_of(
             on_exit=own.on_exit,
         ),
     )
-
-
-def watched(
-    engine: Engine,
-    ticket: WaitT,
-    reporter: TaskRunReporter,
-    own: Job,
-    who: Caller,
-    run: TaskRun,
-) -> Call[WaitT]:
-    """The call, over whose flow runs is watched until it is closed."""
-    forget = engine.watch.add(
-        ticket,
-        (who.flow_run, who.root_run, *who.levels),
-        run.id,
-        leaves_job=own.on_exit == "leave",
-    )
-    call = Call(ticket, reporter, own, forget)
-    undone_with_transaction(engine.host, ticket, lambda: call.ended)
-    return call
 
 
 def _inputs(parameters: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,12 +18,13 @@ from prefect.context import TaskRunContext
 from prefect.states import Completed, Failed
 
 from prefect_webapi._prefect import states
-from prefect_webapi._prefect.body import Call, Job, driven, request_of, watched
+from prefect_webapi._prefect.body import Call, Job, driven, request_of
 from prefect_webapi._prefect.identity import caller, chain_here
 from prefect_webapi._prefect.options import Options
 from prefect_webapi._prefect.reports import ManyReporter
 from prefect_webapi._prefect.service import Engine
 from prefect_webapi.contract.errors import EngineClosed
+from prefect_webapi.contract.keys import JobKey
 from prefect_webapi.contract.phase import Phase
 from prefect_webapi.contract.task import JobSpec
 from prefect_webapi.engine.request import JobRequest, Outcome
@@ -67,11 +68,11 @@ async def run_jobs(
             return request_of(job, spec, asks, reporter, task_name=name, inputs=dict(spec))
 
         jobs = _Jobs(engine.host, request, len(specs), retries, delays, reporter)
-        return watched(engine, jobs, reporter, job, who, run)
+        return Call(engine, jobs, reporter, job, who, run, jobs.ended)
 
     async def end(call: Call[_Jobs]) -> State[Any]:
         await call.ticket.start()
-        outcomes = [call.ended_as(each) for each in await call.ticket.outcomes()]
+        outcomes = await call.ticket.outcomes()
         stopped = next(filter(call.ticket.has_stopped, outcomes), None)
         if stopped is not None:
             return states.cancelled(stopped.info.reason or "cancelled", stopped)
@@ -101,6 +102,9 @@ class _Jobs:
     """The jobs of the task run as one (`engine.host.Waiting`): what is said to it is said to all that are not over.
 
     `start`, `outcomes` and `outcome` belong to the flow's loop, the rest to any thread.
+
+    Attributes:
+        ended: as in `body.Call`; each as soon as it is over.
     """
 
     def __init__(
@@ -121,6 +125,7 @@ class _Jobs:
         self._tickets: dict[int, Ticket] = {}
         self._attempts: dict[int, int] = {}
         self._ends: list[Outcome | None] = [None] * count
+        self.ended: list[JobKey] = []
         self._left = 0
         self._backing_off: dict[int, tuple[asyncio.TimerHandle, Outcome]] = {}
         self._over: deque[int] = deque()
@@ -223,6 +228,7 @@ class _Jobs:
             self._fail(error)
             return
         self._ends[index] = outcome
+        self.ended.append(outcome.job_key)
         if outcome.info.may_retry and attempt <= self._retries and not stopping:
             delay = self._delays[min(attempt, len(self._delays)) - 1]
             timer = self._loop.call_later(delay, self._retry, index, attempt + 1)

@@ -31,7 +31,7 @@ def undone_with_transaction(
     """Let the user's transaction around this task run, if there is one, undo its jobs with itself.
 
     Args:
-        ended: keys of those that are over, once they are.
+        ended: keys of those that are over by now.
     """
     transaction = _users_own()
     if transaction is None:

@@ -229,5 +229,6 @@ async def test_an_error_of_the_engine_does_not_swallow_an_interrupt() -> None:
     jobs = jobs_on(host, 1)
     await jobs.start()
     host.tickets[0].future.set_exception(OSError("no disk"))
-    call = Call(cast(Any, jobs), cast(Any, Reporter()), cast(Any, None), lambda: None)
+    nothing = cast(Any, None)
+    call = Call(nothing, jobs, cast(Any, Reporter()), nothing, nothing, nothing)
     assert await until_stopped(call) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -26,11 +27,12 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from prefect.transactions import atransaction, transaction
 
 from prefect_webapi import JobFailed, RemoteTask, run_many, sync_task_for, task_for
+from prefect_webapi._prefect import body
 from prefect_webapi.testing import EmbeddedJobServer
 from prefect_webapi_jobserver import Report, ReportJob
 from tests.support.engine import block
 from tests.support.prefect import Child, PrefectServer, Scripts, prefect_leaks, save_block
-from tests.support.waiting import eventually_blocking
+from tests.support.waiting import eventually, eventually_blocking
 
 pytestmark = pytest.mark.usefixtures("engine_here")
 
@@ -265,6 +267,25 @@ def children_ended(child: Child) -> Generator[None]:
                 each.kill()
 
 
+def test_an_interrupt_just_after_a_job_was_handed_over_ends_it(
+    run: RemoteTask[..., Any], job_server: EmbeddedJobServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CASE-110: Prefect raises a time-out or a signal wherever the thread happens to be."""
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(body, "undone_with_transaction", interrupted)
+
+    @flow
+    def nightly() -> None:
+        run(outcome="never")
+
+    with pytest.raises(KeyboardInterrupt):
+        nightly()
+    assert job_server.stats().live == 0
+
+
 # --- transactions --------------------------------------------------------------------------------------
 
 
@@ -347,6 +368,35 @@ async def test_the_jobs_of_run_many_are_rolled_back_with_their_transaction(
 
     assert await nightly() == 3
     assert creates(job_server) == 6
+
+
+@prefect_leaks
+async def test_what_was_over_of_a_run_many_that_is_cut_short_is_rolled_back(
+    job_server: EmbeddedJobServer,
+) -> None:
+    """All that had ended by then, and not one of them only."""
+    many = task_for("job-server", ReportJob, name="run", connection=block(job_server))
+    specs = [ReportJob(day=day, seconds=0.1) for day in range(3)]
+    tries: list[int] = []
+
+    @flow(retries=1)
+    async def nightly() -> int:
+        tries.append(1)
+        async with atransaction():
+            if len(tries) == 1:
+                endless = ReportJob(day=9, outcome="never")
+                running = asyncio.ensure_future(run_many(many, [*specs, endless]))
+                await eventually(lambda: creates(job_server) == 4, within=20)
+                await eventually(lambda: job_server.stats().live == 1, within=20)
+                await asyncio.sleep(1)
+                running.cancel()
+                await asyncio.gather(running, return_exceptions=True)
+                raise Broken
+            reports = await run_many(many, specs)
+        return len(reports)
+
+    assert await nightly() == 3
+    assert creates(job_server) == 4 + 3
 
 
 def specs_made(server: EmbeddedJobServer) -> list[tuple[dict[str, Any], float]]:
