@@ -111,7 +111,7 @@ class Call(Generic[WaitT]):
     """One attempt of a task run that waits for its job, or its jobs.
 
     Attributes:
-        ended: keys of the jobs that are over by now.
+        ended: keys of the jobs that are over, but those whose end another run has had before.
     """
 
     engine: Engine
@@ -135,7 +135,8 @@ class Call(Generic[WaitT]):
 
     def ended_as(self, outcome: Outcome) -> Outcome:
         """A job is over; its outcome once more."""
-        self.ended.append(outcome.job_key)
+        if not outcome.is_of_another_run:
+            self.ended.append(outcome.job_key)
         self.reporter.ended(outcome)
         return outcome
 

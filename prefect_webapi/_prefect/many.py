@@ -228,7 +228,8 @@ class _Jobs:
             self._fail(error)
             return
         self._ends[index] = outcome
-        self.ended.append(outcome.job_key)
+        if not outcome.is_of_another_run:
+            self.ended.append(outcome.job_key)
         if outcome.info.may_retry and attempt <= self._retries and not stopping:
             delay = self._delays[min(attempt, len(self._delays)) - 1]
             timer = self._loop.call_later(delay, self._retry, index, attempt + 1)

@@ -107,6 +107,7 @@ class Outcome:
         value: the result, validated against the spec's `O`; only with success.
         stopped_by_us: an ABORTED job was ended at our request.
         settings: the connection's, for the mapping to states.
+        is_of_another_run: its result was in the ledger already, kept for another run.
     """
 
     job_key: JobKey
@@ -115,6 +116,7 @@ class Outcome:
     value: Any = None
     stopped_by_us: bool = False
     settings: EngineSettings = field(default_factory=EngineSettings)
+    is_of_another_run: bool = False
 
 
 class Reporter(Protocol):

@@ -49,7 +49,7 @@ from prefect_webapi.engine.lobby import Lobby
 from prefect_webapi.engine.machine import Event
 from prefect_webapi.engine.observe import Observer
 from prefect_webapi.engine.outputs import Collected, collect
-from prefect_webapi.engine.request import Outcome
+from prefect_webapi.engine.request import Caller, Outcome
 from prefect_webapi.engine.services import Services
 from prefect_webapi.engine.submit import (
     Alive,
@@ -384,7 +384,9 @@ class Runtime:
             logger.exception("a call of task %s failed in the engine", call.request.task_name)
             call.fail(error)
         finally:
-            if call.job is None:  # else `_attach` has done it, and a call that lost its job enters anew
+            if (
+                call.job is None
+            ):  # else `_attach` has done it, and a call that lost its job enters anew
                 self._entering.discard(call)
                 self._ended.pop(call, None)
 
@@ -414,7 +416,9 @@ class Runtime:
                 if record.details.orphaned and record.state is not JobState.CLOSED:
                     await close(services, record)  # nobody was told, and nobody shall be
                     continue
-                call.answer(await self._others.hand_out(record, request.spec, loaded))
+                outcome = await self._others.hand_out(record, request.spec, loaded)
+                is_of_another = _run_of(record) != _run_of(request.caller)
+                call.answer(replace(outcome, is_of_another_run=is_of_another))
                 return
             if not drawn.made:
                 if await self._others.drive(record):
@@ -861,6 +865,11 @@ def _with_links(final: PhaseInfo, *seen: PhaseInfo | None) -> PhaseInfo:
     if not logs or final.info.logs:
         return final
     return final.model_copy(update={"info": final.info.model_copy(update={"logs": logs})})
+
+
+def _run_of(owner: Caller | Record) -> str:
+    """The outermost run."""
+    return owner.root_run or owner.flow_run or owner.task_run
 
 
 def _nothing_sent(state: JobState) -> Event:

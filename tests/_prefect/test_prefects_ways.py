@@ -399,6 +399,26 @@ async def test_what_was_over_of_a_run_many_that_is_cut_short_is_rolled_back(
     assert creates(job_server) == 4 + 3
 
 
+def test_a_rollback_takes_back_no_result_of_another_run(job_server: EmbeddedJobServer) -> None:
+    """That run has committed it; this one was only handed it out."""
+    load = sync_task_for(
+        "job-server", ReportJob, name="load", connection=block(job_server), idempotency_key="May"
+    )
+
+    @flow
+    def nightly(fails: bool) -> None:
+        with transaction():
+            load(seconds=0.1, result=7)
+            if fails:
+                raise Broken
+
+    nightly(fails=False)
+    with pytest.raises(Broken):
+        nightly(fails=True)
+    nightly(fails=False)
+    assert creates(job_server) == 1
+
+
 def specs_made(server: EmbeddedJobServer) -> list[tuple[dict[str, Any], float]]:
     """What the service was asked to make, and when, in seconds of its clock."""
     return [(cast(dict[str, Any], each.body)["spec"], each.mono) for each in server.log("create")]
