@@ -242,12 +242,19 @@ class Host:
 
 
 async def _sweep_now_and_then(runtime: Runtime) -> None:
-    """Take up what is overdue in this ledger: at the start, and while jobs wait for places that the dead may hold."""
+    """Take up what is overdue in this ledger: at the start, and while jobs of our own are driven by nobody or wait for
+    places that the dead may hold.
+    """
+    services = runtime.services
     while True:
         try:
             await sweep(runtime, stay=True)
         except WebApiError as error:
             logger.info("nothing was swept: %s", error)
-        await runtime.services.clock.sleep(SWEEP_SECONDS)
-        while not runtime.services.quotas.has_waiting:
-            await runtime.services.clock.sleep(SWEEP_SECONDS)
+        except Exception:
+            logger.exception(
+                "a pass over the ledger failed; the next one is in %s s", SWEEP_SECONDS
+            )
+        await services.clock.sleep(SWEEP_SECONDS)
+        while not (services.quotas.has_waiting or runtime.has_let_go):
+            await services.clock.sleep(SWEEP_SECONDS)

@@ -41,6 +41,8 @@ logger = logging.getLogger(__name__)
 INLINE = "inline"
 OPEN = tuple(state for state in JobState if state is not JobState.CLOSED)
 AT_ONCE = 500
+COMING = timedelta(minutes=1)
+"""For so long a record that this process has made may be without its job here."""
 PATIENCE = timedelta(seconds=20)
 """How long a pass waits for the next job to be gone; what takes longer is the next pass's."""
 
@@ -121,12 +123,14 @@ class _Case:
 
     Attributes:
         is_at_home: the Prefect that told its fate is the one that it was made under.
+        is_ours: this process lives and drives it no longer; a retry may.
         silent: since when no process has been heard of that drove it.
     """
 
     record: Record
     fate: Fate
     is_at_home: bool
+    is_ours: bool
     silent: datetime
     loaded: Loaded | None
 
@@ -255,6 +259,8 @@ class _Pass:
     ) -> SweepReport:
         store = self._services.store
         now = self._services.clock.now()
+        if only is None:
+            self._runtime.has_let_go = False
         found = [
             record
             for record in await store.select(states=OPEN)
@@ -262,6 +268,8 @@ class _Pass:
         ]
         rows = {row.id: row for row in await store.runtimes()}  # after them: it names each owner
         free_records = [record for record in found if not self._is_driven(record, rows, now)]
+        if any(record.runtime == self._runtime.me.id for record in free_records):
+            self._runtime.has_let_go = True
         cases = await self._cases(free_records, rows)
         plans = [
             (case, decision)
@@ -303,9 +311,11 @@ class _Pass:
         return report.model_copy(update={"troubles": tuple(self._troubles)})
 
     def _is_driven(self, record: Record, rows: Mapping[str, RuntimeRow], now: datetime) -> bool:
-        if record.runtime == self._runtime.me.id:
-            return True  # it says so itself when it lets a job go
-        return is_alive(rows.get(record.runtime), me=self._runtime.me, now=now)
+        if record.runtime != self._runtime.me.id:
+            return is_alive(rows.get(record.runtime), me=self._runtime.me, now=now)
+        if record.state.is_over or self._runtime.drives(record.key):
+            return True
+        return record.handle is None and now - record.updated_at < COMING  # a call is about to
 
     # --- what is known -----------------------------------------------------------------------
 
@@ -320,12 +330,14 @@ class _Pass:
         unknown = Fate(RunState.RUNNING)
         cases: list[_Case] = []
         for record in records:
-            owner = rows.get(record.runtime)
+            is_ours = record.runtime == self._runtime.me.id
+            owner = None if is_ours else rows.get(record.runtime)
             silent = max(record.updated_at, owner.last_beat) if owner else record.updated_at
             run = record.root_run or record.flow_run or record.task_run
             loaded = await self._load(record)
             is_at_home = record.details.home == self._services.runs.home
-            cases.append(_Case(record, fates.get(run, unknown), is_at_home, silent, loaded))
+            fate = fates.get(run, unknown)
+            cases.append(_Case(record, fate, is_at_home, is_ours, silent, loaded))
         return cases
 
     async def _load(self, record: Record) -> Loaded | None:
@@ -514,7 +526,7 @@ def _why_over(case: _Case, settings: EngineSettings, now: datetime) -> str | Non
             return f"orphan: its run has ended as {fate.name} and no process came back for it"
         case RunState.MISSING if case.is_at_home and quiet >= settings.orphan_after:
             return "orphan: its run is no longer known to Prefect"
-        case RunState.RUNNING if quiet >= settings.abandon_after:
+        case RunState.RUNNING if quiet >= settings.abandon_after and not case.is_ours:
             silence = format_duration(settings.abandon_after)
             return (
                 f"abandoned: its run counts as {fate.name}, but its process is gone for {silence}"

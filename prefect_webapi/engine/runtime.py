@@ -78,7 +78,8 @@ T = TypeVar("T")
 OBSERVATIONS = 1_000
 """Observations that may wait for the runtime; more of them make the pollers wait."""
 HOUSEKEEPING_SECONDS = 1.0
-FOLLOW_SECONDS = 0.5
+WISH_SECONDS = 10.0
+"""So often a wish to end a job is offered to a ledger that does not take it."""
 CLOSING_SECONDS = 5.0
 """How long a closing runtime waits for deletes that are a duty already, for creates that were sent, and for records of
 jobs that were just delivered to be closed."""
@@ -94,7 +95,11 @@ SYNC_GRACE_SECONDS = 0.5
 
 
 class Runtime:
-    """The engine of one process. `run()` is its life; the other methods belong to the same loop."""
+    """The engine of one process. `run()` is its life; the other methods belong to the same loop.
+
+    Attributes:
+        has_let_go: jobs may be ours in the ledger that are not driven; a pass of the sweeper looks at them.
+    """
 
     def __init__(self, services: Services, me: RuntimeRow) -> None:
         self._services = services
@@ -111,6 +116,7 @@ class Runtime:
         self._closing = False
         self._settling = 0
         self._has_told_paces = False
+        self.has_let_go = False
         self._tasks: anyio.abc.TaskGroup
         self._channels: Channels
         self._durations: Durations
@@ -485,6 +491,9 @@ class Runtime:
             for call in job.calls:
                 call.fail(error)
             self._let_go(job)
+            self.has_let_go = True
+            if job.ending is not None:
+                self._tasks.start_soon(self._note_wish, job.record.key, job.ending.reason)
         except Exception as error:
             logger.exception("job %s failed in the engine", job.record.key)
             job.failure = error
@@ -627,11 +636,15 @@ class Runtime:
             self._tasks.start_soon(self._note_wish, job.record.key, ending.reason)
 
     async def _note_wish(self, key: JobKey, reason: str) -> None:
-        """Create is on its way: the wish is written down now, the duty follows its answer."""
-        try:
-            await self._services.store.ask_cancel([key], reason)
-        except LedgerError as error:
-            logger.warning("the wish to end job %s could not be written down: %s", key, error)
+        """Create is on its way, or nobody drives the job: the wish is written down, the duty follows."""
+        while True:
+            try:
+                await self._services.store.ask_cancel([key], reason)
+            except LedgerError as error:
+                logger.warning("the wish to end job %s could not be written down: %s", key, error)
+            else:
+                return
+            await self._services.clock.sleep(WISH_SECONDS)
 
     def over(self, job: Job, info: PhaseInfo, snapshot: Any = None) -> None:
         """The job was seen ended: what that takes is done beside the reading of others."""
@@ -646,6 +659,7 @@ class Runtime:
         """The attempt is over, the job is not: the next attempt takes it up."""
         self._deliver(job, info)
         self._let_go(job)  # the record stays ours: the attempt that follows is made by this process
+        self.has_let_go = True
 
     def delete(self, job: Job) -> None:
         """The job lives and shall not."""
