@@ -16,7 +16,7 @@ from prefect_webapi.engine.job import Call, Ending, slot_of
 from prefect_webapi.engine.liveness import is_alive
 from prefect_webapi.engine.machine import Event
 from prefect_webapi.engine.outputs import recall
-from prefect_webapi.engine.request import Caller, JobRequest, Outcome
+from prefect_webapi.engine.request import Caller, JobRequest, Outcome, outermost_run
 from prefect_webapi.engine.services import Services
 from prefect_webapi.ledger.records import JobState, Move, MoveResult, Record, RuntimeRow
 from prefect_webapi.registry import Loaded
@@ -57,14 +57,16 @@ class Others:
     ) -> Outcome | None:
         """Wait while the other process drives the job.
 
-        None: it has ended, or its process has: look again. An outcome: this call no longer wants the job, and its
-        owner was asked to end it.
+        None: it has ended, or its process has: look again. An outcome: this call no longer wants the job. Its owner is
+        asked to end it, unless it drives it for another run, which may want it still.
         """
         logger.info("job %s is driven by another process; following it", record.key)
         while call.is_waiting:
             wanted = ending()
             if wanted is not None:
-                await self._services.store.ask_cancel([record.key], wanted.reason)
+                is_own = outermost_run(record) == outermost_run(call.request.caller)
+                if is_own or not await self.drive(record):
+                    await self._services.store.ask_cancel([record.key], wanted.reason)
                 return Outcome(
                     job_key=record.key,
                     fingerprint=record.fingerprint,
@@ -75,6 +77,7 @@ class Others:
             now = await self._services.store.get(record.key)
             if now is None or now.state.is_over or not await self.drive(now):
                 return None
+            record = now
         return call.result()
 
     async def ended(self, record: Record, spec: JobSpec[Any], loaded: Loaded) -> Outcome | None:

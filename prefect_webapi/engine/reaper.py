@@ -29,7 +29,7 @@ from prefect_webapi.engine.handover import free, release, settle, spec_of, take_
 from prefect_webapi.engine.job import Ending, Job
 from prefect_webapi.engine.liveness import is_alive
 from prefect_webapi.engine.machine import Event, next_state
-from prefect_webapi.engine.request import Fate, RunState
+from prefect_webapi.engine.request import Fate, RunState, outermost_run
 from prefect_webapi.engine.runtime import Runtime
 from prefect_webapi.ledger.records import JobState, Move, MoveResult, Record, RuntimeRow
 from prefect_webapi.registry import Loaded
@@ -333,7 +333,7 @@ class _Pass:
             is_ours = record.runtime == self._runtime.me.id
             owner = None if is_ours else rows.get(record.runtime)
             silent = max(record.updated_at, owner.last_beat) if owner else record.updated_at
-            run = record.root_run or record.flow_run or record.task_run
+            run = outermost_run(record)
             loaded = await self._load(record)
             is_at_home = record.details.home == self._services.runs.home
             fate = fates.get(run, unknown)

@@ -25,6 +25,7 @@ __all__ = [
     "RunState",
     "Runs",
     "Secrets",
+    "outermost_run",
 ]
 
 
@@ -61,6 +62,11 @@ class Caller:
     labels: Mapping[str, str] = field(default_factory=_no_text)
     attempt: int = 1
     max_attempts: int = 1
+
+
+def outermost_run(owner: Caller | Record) -> str:
+    """Id of the run around everything; outside a flow that of the task run."""
+    return owner.root_run or owner.flow_run or owner.task_run
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -49,7 +49,7 @@ from prefect_webapi.engine.lobby import Lobby
 from prefect_webapi.engine.machine import Event
 from prefect_webapi.engine.observe import Observer
 from prefect_webapi.engine.outputs import Collected, collect
-from prefect_webapi.engine.request import Caller, Outcome
+from prefect_webapi.engine.request import Outcome, outermost_run
 from prefect_webapi.engine.services import Services
 from prefect_webapi.engine.submit import (
     Alive,
@@ -423,7 +423,7 @@ class Runtime:
                     await close(services, record)  # nobody was told, and nobody shall be
                     continue
                 outcome = await self._others.hand_out(record, request.spec, loaded)
-                is_of_another = _run_of(record) != _run_of(request.caller)
+                is_of_another = outermost_run(record) != outermost_run(request.caller)
                 call.answer(replace(outcome, is_of_another_run=is_of_another))
                 return
             if not drawn.made:
@@ -879,11 +879,6 @@ def _with_links(final: PhaseInfo, *seen: PhaseInfo | None) -> PhaseInfo:
     if not logs or final.info.logs:
         return final
     return final.model_copy(update={"info": final.info.model_copy(update={"logs": logs})})
-
-
-def _run_of(owner: Caller | Record) -> str:
-    """The outermost run."""
-    return owner.root_run or owner.flow_run or owner.task_run
 
 
 def _nothing_sent(state: JobState) -> Event:

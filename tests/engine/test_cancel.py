@@ -426,6 +426,30 @@ async def test_one_of_two_calls_that_share_a_job_may_go(
     assert job_server.stats().created == 1
 
 
+async def test_who_follows_a_job_of_another_process_may_go(
+    job_server: EmbeddedJobServer, tmp_path: Path
+) -> None:
+    """Its owner's run wants it; the owner's cancel ends it, for who follows too."""
+    shared: dict[str, Any] = {"task_type": "keys", "run_key": "2024-05-01"}
+    with at(tmp_path, job_server) as owner, at(tmp_path, job_server, sweeps=False) as other:
+        told = Told()
+        first = owner.admit(request(ENDLESS, run="run-1", task_run="a", reporter=told, **shared))
+        await eventually(lambda: "RUNNING" in told.names, within=20)
+        second, third = (
+            other.admit(request(ENDLESS, run=f"run-{n}", task_run="b", execution=f"{n}", **shared))
+            for n in (2, 3)
+        )
+        await asyncio.sleep(1)
+        second.cancel("run-2 was cancelled")
+        assert aborted(await asyncio.wait_for(second.outcome(), 10))
+        await asyncio.sleep(1.5)
+        assert not job_server.log("delete")
+        first.cancel("run-1 was cancelled")
+        assert aborted(await first.outcome())
+        assert aborted(await asyncio.wait_for(third.outcome(), 10))
+    assert (job_server.stats().created, job_server.stats().live) == (1, 0)
+
+
 async def test_people_wait_no_longer_than_the_grace(
     job_server: EmbeddedJobServer, tmp_path: Path
 ) -> None:
