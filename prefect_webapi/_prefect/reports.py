@@ -212,6 +212,9 @@ class TaskRunReporter:
         """The job is over: its card and an event say so; the state is the body's."""
         info = outcome.info
         failed = info.phase is not Phase.SUCCESS
+        if not outcome.job_key:
+            self._progress.over("", failed=failed)
+            return
         story = self._tell(outcome.job_key, info.phase.name, info.reason, info=info, failed=failed)
         self._progress.over(outcome.job_key, failed=failed)
         what = end_of(info, stopped_by_us=outcome.stopped_by_us)
@@ -385,7 +388,7 @@ class ManyReporter(TaskRunReporter):
         """A job has ended, for good."""
         failed = outcome.info.phase is not Phase.SUCCESS
         self._progress.over(outcome.job_key, failed=failed)
-        if failed and self._progress.wants_card(failed=True):
+        if failed and outcome.job_key and self._progress.wants_card(failed=True):
             self._show_failed(outcome)
         self._note(outcome.job_key, None)
 

@@ -166,6 +166,8 @@ def cancelled(
         remote = "No job had been asked for."
     elif outcome is None:
         remote = "The job had not ended yet; it is deleted in the background, and by the sweeper."
+    elif not outcome.job_key:
+        remote = "If there is a job, it is deleted in the background, and by the sweeper."
     elif outcome.info.phase is Phase.ABORTED:
         remote = f"Job {outcome.job_key} was stopped."
     else:

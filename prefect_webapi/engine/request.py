@@ -109,6 +109,7 @@ class Outcome:
     """How a job ended.
 
     Attributes:
+        job_key: empty where a cancelled call waits no longer to know its job.
         info: the terminal phase (or contact lost: a retryable system failure while the job lives on).
         value: the result, validated against the spec's `O`; only with success.
         stopped_by_us: an ABORTED job was ended at our request.

@@ -30,9 +30,7 @@ from prefect_webapi.contract.errors import (
     RemoteError,
     WebApiError,
 )
-from prefect_webapi.contract.keys import (
-    JobKey,
-)
+from prefect_webapi.contract.keys import Fingerprint, JobKey
 from prefect_webapi.contract.phase import Phase, PhaseInfo
 from prefect_webapi.engine.adapters import handle_adapter
 from prefect_webapi.engine.calls import Calls, can_clear_up, is_sync
@@ -365,12 +363,34 @@ class Runtime:
             return
         job = self._job_of(call)
         if job is None:
-            self._ended[call] = ending
+            self._wish(call, ending)
             return
         if any(other.is_waiting for other in job.calls if other is not call):
             call.answer(self._outcome(job.record, job.loaded, ending.final()))
             return
         self.end(job, ending)
+
+    def _wish(self, call: Call, ending: Ending) -> None:
+        """A call that has no job yet shall end. It goes on: an earlier run may have left one that it is about to meet."""
+        if self._ended.setdefault(call, ending) is not ending:
+            return
+        grace = self._services.clock.real(self._services.settings.cancel_grace.total_seconds())
+        asyncio.get_running_loop().call_later(grace, self.post, partial(self._wish_over, call))
+
+    def _wish_over(self, call: Call) -> None:
+        """As `_grace_over`, for a call that has come no further."""
+        ending = self._ended.get(call)
+        if ending is not None:
+            told = f"{ending.reason}; whether it has a job is not known yet"
+            call.answer(
+                Outcome(
+                    job_key=JobKey(""),
+                    fingerprint=Fingerprint(""),
+                    info=ending.final().model_copy(update={"reason": told}),
+                    stopped_by_us=True,
+                    settings=self._services.settings,
+                )
+            )
 
     def _job_of(self, call: Call) -> Job | None:
         job = call.job
@@ -390,9 +410,7 @@ class Runtime:
             logger.exception("a call of task %s failed in the engine", call.request.task_name)
             call.fail(error)
         finally:
-            if (
-                call.job is None
-            ):  # else `_attach` has done it, and a call that lost its job enters anew
+            if call.job is None:  # else `_attach` did so; and who lost that job enters anew
                 self._entering.discard(call)
                 self._ended.pop(call, None)
 
@@ -404,7 +422,7 @@ class Runtime:
         channel = await self._channels.open(loaded)
         draft = await draft_for(services, self._calls, self._channels, channel, request)
         fault_point("KP-01")
-        while call.is_waiting:
+        while call.is_waiting or call in self._ended:
             drawn = await services.store.intent(draft)
             found()
             record = drawn.record
@@ -415,7 +433,10 @@ class Runtime:
                 self._attach(call, known)
                 return
             if known is not None:  # it ends; then this call gets an attempt of its own
-                await self._until_over(known)
+                await self._until_over(known, call)
+                if known.ending is not None and (ending := self._ended.get(call)) is not None:
+                    call.answer(self._outcome(known.record, loaded, ending.final()))
+                    return
                 draft = replace(draft, is_retry=draft.is_retry or not known.is_left)
                 continue
             if record.state.is_over and not drawn.made:
@@ -453,8 +474,10 @@ class Runtime:
         job.serve(call)
         self._entering.discard(call)
         ended = self._ended.pop(call, None)
-        if ended is not None:
+        if ended is not None and call.is_waiting:
             self._end_call(call, ended)
+        elif ended is not None and not job.is_awaited:
+            self.end(job, ended)
 
     # --- driving -----------------------------------------------------------------------------
 
@@ -483,7 +506,8 @@ class Runtime:
             self._let_go(job)
             logger.info("job %s: another process took it over", job.record.key)
             if job.ending is not None and job.calls:  # who wanted it to end still does
-                self._ended |= dict.fromkeys(calls, job.ending)
+                for call in calls:
+                    self._wish(call, job.ending)
                 self._tasks.start_soon(self._note_wish, job.record.key, job.ending.reason)
             for call in calls:
                 self.admit(call)
@@ -621,19 +645,26 @@ class Runtime:
 
     def end(self, job: Job, ending: Ending) -> None:
         """Somebody wants the job gone. What has to be done for it depends on where it stands."""
-        if job.record.state.is_over or not job.end(ending):
+        if job.record.state.is_over:
             return
+        is_news = job.end(ending)
+        if is_news or job.grace is None:  # it may have been ending already when this process met it
+            self._set_grace(job)
+        if not is_news:
+            return
+        if job.record.state is JobState.CREATED:
+            if job.handle is not None:  # else it is about to be read from the record
+                self.delete(job)
+        elif job.record.state.job_may_exist and job.scope is None:
+            self._tasks.start_soon(self._note_wish, job.record.key, ending.reason)
+
+    def _set_grace(self, job: Job) -> None:
         grace = self._services.clock.real(job.loaded.settings.cancel_grace.total_seconds())
         if is_sync(job.loaded):  # there is nothing that could confirm the end
             grace = min(grace, SYNC_GRACE_SECONDS)
         job.grace = asyncio.get_running_loop().call_later(
             grace, self.post, partial(self._grace_over, job)
         )
-        if job.record.state is JobState.CREATED:
-            if job.handle is not None:  # else it is about to be read from the record
-                self.delete(job)
-        elif job.record.state.job_may_exist and job.scope is None:
-            self._tasks.start_soon(self._note_wish, job.record.key, ending.reason)
 
     async def _note_wish(self, key: JobKey, reason: str) -> None:
         """Create is on its way, or nobody drives the job: the wish is written down, the duty follows."""
@@ -812,8 +843,11 @@ class Runtime:
             settings=loaded.settings,
         )
 
-    async def _until_over(self, job: Job) -> None:
+    async def _until_over(self, job: Job, call: Call) -> None:
+        """Wait until the job is gone; or the call is to end, as the job is already."""
         while self._jobs.get(job.record.key) is job:
+            if job.ending is not None and call in self._ended:
+                return
             await self._services.clock.sleep(0.1)
 
     # --- housekeeping ---------------------------------------------------------------------

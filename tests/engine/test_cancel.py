@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +19,9 @@ from prefect_webapi.engine.request import Outcome, Overrides
 from prefect_webapi.ledger.records import JobState
 from prefect_webapi.testing import EmbeddedJobServer
 from prefect_webapi_jobserver import ReportJob
-from tests.support.engine import Told, at, request, run
+from tests.support.deaths import killed
+from tests.support.engine import GivenConnections, Told, at, request, run
+from tests.support.engine_child import Work
 from tests.support.waiting import eventually
 from tests.support.witness import places_taken, records
 
@@ -471,6 +474,67 @@ async def test_people_wait_no_longer_than_the_grace(
         await eventually(is_closed, within=10)
         assert job_server.stats().live == 0
     assert await places_taken(tmp_path) == 0
+
+
+async def test_an_attempt_that_waits_for_the_end_of_the_one_before_hears_its_cancel(
+    job_server: EmbeddedJobServer, tmp_path: Path
+) -> None:
+    """That one takes its time to die, and nothing was done for this one yet."""
+    job_server.fault("delete", status=503, times=None)
+    same: dict[str, Any] = {"task_run": "t", "max_attempts": 2}
+    with at(tmp_path, job_server, cancelGrace="200ms") as host:
+        first = await started(host, **same)
+        first.cancel("the task's time is up")
+        assert aborted(await asyncio.wait_for(first.outcome(), 5))
+        second = host.admit(request(ENDLESS, task_type="keys", attempt=2, **same))
+        await asyncio.sleep(0.5)
+        second.cancel("cancelled by user")
+        assert aborted(await asyncio.wait_for(second.outcome(), 5))
+        job_server.clear_faults()
+    assert job_server.stats().created == 1
+
+
+async def test_a_call_that_met_a_job_as_it_was_deleted_hears_its_cancel(
+    job_server: EmbeddedJobServer, tmp_path: Path
+) -> None:
+    """Its process died over the delete; the next one repeats it, in vain."""
+    work = Work(folder=tmp_path, server=job_server.url, specs=(ENDLESS,), task_type="keys")
+    killed(replace(work, die_at="KP-22", cancel="CREATED"))
+    [record] = await records(tmp_path)
+    assert record.state is JobState.CANCELLING
+    job_server.fault("delete", status=503, times=None)
+    again: dict[str, Any] = {"task_run": record.task_run, "execution": "execution-2"}
+    with at(tmp_path, job_server, cancelGrace="200ms", sweeps=False) as host:
+        ticket = host.admit(request(ENDLESS, task_type="keys", **again))
+        await eventually(lambda: job_server.log("delete"), within=10)
+        ticket.cancel("cancelled by user")
+        assert aborted(await asyncio.wait_for(ticket.outcome(), 5))
+        job_server.clear_faults()
+        await eventually(lambda: job_server.stats().live == 0, within=20)
+
+
+async def test_a_call_whose_connection_is_slow_to_come_hears_its_cancel(
+    job_server: EmbeddedJobServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And ends the job of an earlier run all the same, once the connection is there."""
+    with at(tmp_path, job_server) as host:
+        await started(host)
+    resolve, here = GivenConnections.resolve, asyncio.Event()
+
+    async def slow(self: GivenConnections, *args: Any, **kwargs: Any) -> Any:
+        await here.wait()
+        return await resolve(self, *args, **kwargs)
+
+    monkeypatch.setattr(GivenConnections, "resolve", slow)
+    with at(tmp_path, job_server, sweeps=False, speed=20) as host:
+        ticket = host.admit(request(ENDLESS, task_type="keys", execution="execution-2"))
+        await asyncio.sleep(0.2)
+        ticket.cancel("cancelled by user")
+        outcome = await asyncio.wait_for(ticket.outcome(), 5)
+        assert aborted(outcome)
+        assert not outcome.job_key
+        host.post(lambda _: here.set())
+        await eventually(lambda: job_server.stats().live == 0, within=20)
 
 
 async def test_a_call_that_asks_again_gets_a_job_of_its_own_when_the_old_one_is_gone(
