@@ -143,6 +143,7 @@ class Host:
         self._sweeps = sweeps
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
+        self._ready = threading.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._runtime: Runtime | None = None
         self._failure: BaseException | None = None
@@ -157,7 +158,8 @@ class Host:
         """
         self.start()
         call = Call(request)
-        self.post(lambda runtime: runtime.admit(call))
+        if not self.post(lambda runtime: runtime.admit(call)):
+            call.fail(_closed())
         return _Ticket(self, call)
 
     def cancel_flow_run(self, flow_run: str, reason: str) -> None:
@@ -167,16 +169,21 @@ class Host:
         """Do some work on the engine's loop; the future is bound to no loop. Raises as `admit`."""
         self.start()
         done: concurrent.futures.Future[T] = concurrent.futures.Future()
-        self.post(lambda runtime: runtime.perform(work, done))
+        if not self.post(lambda runtime: runtime.perform(work, done)):
+            done.set_exception(_closed())
         return done
 
-    def post(self, action: Callable[[Runtime], None]) -> None:
-        """Run `action` on the runtime's loop; dropped when there is none, since then nothing is alive."""
+    def post(self, action: Callable[[Runtime], None]) -> bool:
+        """Run `action` on the runtime's loop; dropped when there is none, since then nothing is alive.
+
+        Returns:
+            Whether there was one.
+        """
         loop, runtime = self._loop, self._runtime
         if loop is None or runtime is None:
-            return
-        with suppress(RuntimeError):  # the loop has closed
-            loop.call_soon_threadsafe(runtime.post, partial(action, runtime))
+            return False
+        runtime.hand_in(loop, partial(action, runtime))
+        return True
 
     def close(self) -> None:
         """Stop admitting, leave live jobs to the next process, flush, end the thread."""
@@ -197,21 +204,18 @@ class Host:
         """Start the thread, unless it runs. Raises as `admit`."""
         with self._lock:
             if self._closed:
-                raise EngineClosed("the process is ending: nothing new is started")
-            if self._thread is not None and self._thread.is_alive():
-                return
-            ready = threading.Event()
-            self._failure = None
-            thread = threading.Thread(
-                target=self._main, args=(ready,), name="prefect-webapi", daemon=True
-            )
-            thread.start()
-            if not ready.wait(START_SECONDS):
+                raise _closed()
+            if self._thread is None or not self._thread.is_alive():
+                self._ready, self._failure = threading.Event(), None
+                self._thread = threading.Thread(
+                    target=self._main, args=(self._ready,), name="prefect-webapi", daemon=True
+                )
+                self._thread.start()
+            if not self._ready.wait(START_SECONDS):  # who calls next waits for the same thread
                 raise WebApiError(f"the engine did not start within {START_SECONDS:g} s")
             if self._failure is not None:
-                thread.join(STOP_SECONDS)
+                self._thread.join(STOP_SECONDS)
                 raise self._failure
-            self._thread = thread
 
     def _main(self, ready: threading.Event) -> None:
         try:
@@ -222,14 +226,17 @@ class Host:
             else:
                 logger.exception("the engine has stopped")
         finally:
-            self._runtime = None
-            self._loop = None
+            runtime, self._runtime, self._loop = self._runtime, None, None
+            if runtime is not None:
+                runtime.refuse_mail()
             ready.set()
 
     async def _serve(self, ready: threading.Event) -> None:
         self._loop = asyncio.get_running_loop()
         runtime = self._make_runtime()
         self._runtime = runtime
+        if self._closed:  # while it was made
+            runtime.stop()
 
         def begin() -> None:
             stack.enter_context(watching(runtime.services.metrics))  # before it, there is no job
@@ -239,6 +246,10 @@ class Host:
 
         with ExitStack() as stack:
             await runtime.run(begin)
+
+
+def _closed() -> EngineClosed:
+    return EngineClosed("the process is ending: nothing new is started")
 
 
 async def _sweep_now_and_then(runtime: Runtime) -> None:

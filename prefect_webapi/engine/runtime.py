@@ -111,7 +111,9 @@ class Runtime:
         self._inbox: deque[Callable[[], None]] = deque()
         self._mail = asyncio.Event()
         self._stop = asyncio.Event()
+        self._performing: set[concurrent.futures.Future[Any]] = set()
         self._closing = False
+        self._is_over = False
         self._settling = 0
         self._has_told_paces = False
         self.has_let_go = False
@@ -150,6 +152,7 @@ class Runtime:
         finally:
             self._closing = True
             self._leave_all()
+            self.refuse_mail()
             with anyio.CancelScope(shield=True):
                 await services.plugins.aclose()
                 await services.store.aclose()
@@ -162,6 +165,30 @@ class Runtime:
         """Have the runtime do something in its own task: callbacks of the loop may not start tasks."""
         self._inbox.append(action)
         self._mail.set()
+
+    def hand_in(self, loop: asyncio.AbstractEventLoop, action: Callable[[], None]) -> None:
+        """As `post`, from any thread. What comes when the runtime is over is done all the same, and finds nothing."""
+        self._inbox.append(action)  # first: whoever is last to look does it
+        try:
+            loop.call_soon_threadsafe(self._wake)
+        except RuntimeError:  # the loop has closed
+            self.refuse_mail()
+
+    def _wake(self) -> None:
+        if self._is_over:
+            self.refuse_mail()
+        else:
+            self._mail.set()
+
+    def refuse_mail(self) -> None:
+        """The runtime is over: who still comes is told so."""
+        self._closing = self._is_over = True
+        while True:
+            try:
+                action = self._inbox.popleft()
+            except IndexError:
+                return
+            action()
 
     async def _read_mail(self) -> None:
         while True:
@@ -191,6 +218,9 @@ class Runtime:
         self._fail_calls(list(self._jobs.values()))
         for job in self._jobs.values():
             job.stop_timers()
+        for done in self._performing:  # their tasks had no time to begin
+            with suppress(concurrent.futures.InvalidStateError):
+                done.set_exception(EngineClosed("the process is ending"))
 
     def _fail_calls(self, jobs: Sequence[Job]) -> None:
         closed = EngineClosed("the process is ending; the job goes on and the next run takes it up")
@@ -298,11 +328,16 @@ class Runtime:
         self, work: Callable[[Runtime], Awaitable[T]], done: concurrent.futures.Future[T]
     ) -> None:
         """Do some work on this loop; its result goes to `done`, which is bound to no loop."""
+        if self._is_over:
+            done.set_exception(EngineClosed("the process is ending: nothing new is started"))
+            return
+        self._performing.add(done)
         self._tasks.start_soon(self._perform, work, done)
 
     async def _perform(
         self, work: Callable[[Runtime], Awaitable[T]], done: concurrent.futures.Future[T]
     ) -> None:
+        self._performing.discard(done)
         if not done.set_running_or_notify_cancel():  # who waits may go, the work is finished
             return
         try:
@@ -371,7 +406,7 @@ class Runtime:
         self.end(job, ending)
 
     def _wish(self, call: Call, ending: Ending) -> None:
-        """A call that has no job yet shall end. It goes on: an earlier run may have left one that it is about to meet."""
+        """A call that has no job yet shall end. It goes on: it may be about to meet one that an earlier run left."""
         if self._ended.setdefault(call, ending) is not ending:
             return
         grace = self._services.clock.real(self._services.settings.cancel_grace.total_seconds())

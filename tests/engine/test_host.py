@@ -7,6 +7,7 @@ import logging
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,10 +15,13 @@ import psutil
 import pytest
 
 from prefect_webapi import Phase
-from prefect_webapi.contract.errors import EngineClosed, LedgerUnavailable
+from prefect_webapi.contract.errors import EngineClosed, LedgerUnavailable, WebApiError
+from prefect_webapi.engine import host as engine_host
 from prefect_webapi.engine.host import Host
 from prefect_webapi.engine.request import Outcome
+from prefect_webapi.engine.runtime import Runtime
 from prefect_webapi.ledger.records import JobState
+from prefect_webapi.ledger.sql import SqlStore
 from prefect_webapi.testing import EmbeddedJobServer
 from prefect_webapi_jobserver import ReportJob
 from tests.support.engine import at, request, run
@@ -195,6 +199,76 @@ def test_a_closed_host_takes_nothing(job_server: EmbeddedJobServer, tmp_path: Pa
         host.admit(request(QUICK_JOB, task_type="keys"))
     host.cancel_flow_run("run-1", "nobody is there to hear it")
     host.close()
+    assert not engine_threads()
+
+
+def test_a_call_that_comes_just_before_the_end_is_told(
+    job_server: EmbeddedJobServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine was there as the call came, and closed before it was handed over."""
+    start = Host.start
+
+    def held_up(self: Host) -> None:
+        start(self)
+        self.close()
+
+    with at(tmp_path, job_server, sweeps=False) as host:
+        host.start()
+        monkeypatch.setattr(Host, "start", held_up)
+        ticket = host.admit(request(QUICK_JOB, task_type="keys"))
+        monkeypatch.undo()
+        with pytest.raises(EngineClosed):
+            ticket.outcome_blocking()
+
+
+class Lasting(SqlStore):
+    """A ledger that takes its time to close."""
+
+    async def aclose(self) -> None:
+        await asyncio.sleep(1)
+        await super().aclose()
+
+
+async def nothing(_: Runtime) -> None: ...
+
+
+def test_who_comes_to_an_engine_that_broke_down_is_told(
+    job_server: EmbeddedJobServer, tmp_path: Path
+) -> None:
+    """Nobody closed it, so calls still come while it cleans up."""
+
+    def break_down(_: Runtime) -> None:
+        raise RuntimeError("an unforeseen error in the engine")
+
+    with at(tmp_path, job_server, store=Lasting, sweeps=False) as host:
+        host.start()
+        host.post(break_down)
+        time.sleep(0.3)
+        ticket, done = host.admit(request(QUICK_JOB, task_type="keys")), host.perform(nothing)
+        with pytest.raises(EngineClosed):
+            done.result(5)
+        with pytest.raises(EngineClosed):
+            ticket.outcome_blocking()
+
+
+class SlowToOpen(SqlStore):
+    async def open(self) -> None:
+        await asyncio.sleep(1)
+        await super().open()
+
+
+def test_a_start_that_takes_too_long_is_not_made_twice(
+    job_server: EmbeddedJobServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who comes next waits for the engine that is about to be there."""
+    with at(tmp_path, job_server, store=SlowToOpen, sweeps=False) as host:
+        monkeypatch.setattr(engine_host, "START_SECONDS", 0.2)
+        with pytest.raises(WebApiError, match="did not start within"):
+            host.admit(request(QUICK_JOB, task_type="keys"))
+        monkeypatch.undo()
+        ticket = host.admit(request(QUICK_JOB, task_type="keys"))
+        assert len(engine_threads()) == 1
+        assert ticket.outcome_blocking().info.phase is Phase.SUCCESS
     assert not engine_threads()
 
 
