@@ -20,9 +20,13 @@ class Lobby(Generic[T]):
     """
 
     def __init__(self, places: int, let_in: Callable[[T], None]) -> None:
-        self._free = places
+        self._places = self._free = places
         self._let_in = let_in
         self._outside: deque[T] = deque()
+
+    @property
+    def is_empty(self) -> bool:
+        return self._free == self._places and not self._outside
 
     def come(self, who: T) -> None:
         self._outside.append(who)

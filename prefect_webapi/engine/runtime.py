@@ -10,7 +10,7 @@ import asyncio
 import concurrent.futures
 import logging
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
@@ -88,7 +88,7 @@ READ_AT_ONCE = 200
 COUNTED_AT_ONCE = 5_000
 """Jobs that are looked at before others get their turn of the loop."""
 COMING_IN = 200
-"""Calls whose records are looked for at one time: enough for a full batch of the ledger's writer."""
+"""Calls of a connection whose records are looked for at one time: enough for a full batch of the ledger's writer."""
 SYNC_GRACE_SECONDS = 0.5
 
 
@@ -106,7 +106,7 @@ class Runtime:
         self._others = Others(services, me)
         self._jobs: dict[JobKey, Job] = {}
         self._entering: set[Call] = set()
-        self._lobby = Lobby[Call](COMING_IN, self._let_in)
+        self._lobbies: dict[Hashable, Lobby[Call]] = {}
         self._ended: dict[Call, Ending] = {}
         self._inbox: deque[Callable[[], None]] = deque()
         self._mail = asyncio.Event()
@@ -235,7 +235,19 @@ class Runtime:
             call.fail(EngineClosed("the process is ending: nothing new is started"))
             return
         self._entering.add(call)
-        self._lobby.come(call)
+        place = _lobby_of(call)
+        lobby = self._lobbies.get(place)
+        if lobby is None:
+            lobby = self._lobbies[place] = Lobby[Call](COMING_IN, self._let_in)
+        lobby.come(call)
+
+    def _come_in(self, call: Call) -> None:
+        """Its record is there: the next one's turn."""
+        place = _lobby_of(call)
+        lobby = self._lobbies[place]
+        lobby.leave()
+        if lobby.is_empty:
+            del self._lobbies[place]
 
     @property
     def services(self) -> Services:
@@ -437,7 +449,7 @@ class Runtime:
     async def _enter(self, call: Call) -> None:
         try:
             with ExitStack() as inside:
-                inside.callback(self._lobby.leave)
+                inside.callback(self._come_in, call)
                 await self._find_or_make(call, inside.close)
         except (WebApiError, OSError) as error:
             call.fail(error)
@@ -948,6 +960,13 @@ def _with_links(final: PhaseInfo, *seen: PhaseInfo | None) -> PhaseInfo:
     if not logs or final.info.logs:
         return final
     return final.model_copy(update={"info": final.info.model_copy(update={"logs": logs})})
+
+
+def _lobby_of(call: Call) -> Hashable:
+    """Calls of one connection wait in one line: one that is slow to come holds no other up."""
+    asked = call.request
+    named = asked.connection if isinstance(asked.connection, str) else id(asked.connection)
+    return asked.task_type, asked.plugin, named
 
 
 def _nothing_sent(state: JobState) -> Event:
