@@ -106,11 +106,12 @@ class Progress(Artifact):
         self._phases: dict[str, str] = {}
         self._numbers: Counter[str] = Counter()
         self._count = self._over = self._failed = self._cards = self._failed_cards = 0
+        self._forsaken = 0
         self.is_many = False
 
     @property
     def is_idle(self) -> bool:
-        return self._over >= self._count
+        return self._over + self._forsaken >= self._count
 
     def expect(self, count: int = 1) -> None:
         """So many jobs more; from some number on they are many."""
@@ -135,6 +136,11 @@ class Progress(Artifact):
             self._note(key, None)
             self._over += 1
             self._failed += failed
+
+    def forsake(self, count: int) -> None:
+        """Of so many jobs no end will be told: their calls were refused, or left."""
+        with self._lock:
+            self._forsaken += count
 
     def told(self) -> str:
         """In words."""

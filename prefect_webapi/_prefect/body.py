@@ -263,10 +263,13 @@ def _admit(job: Job, spec: JobSpec[Any], context: TaskRunContext, engine: Engine
         idempotency_key=own.idempotency_key,
     )
     reporter = TaskRunReporter(engine.display, deployment=who.deployment)
-    request = request_of(
-        own, spec, who, reporter, task_name=context.task.name, inputs=_inputs(context.parameters)
-    )
-    return Call(engine, engine.host.admit(request), reporter, own, who, run)
+    inputs = _inputs(context.parameters)
+    try:
+        request = request_of(own, spec, who, reporter, task_name=context.task.name, inputs=inputs)
+        return Call(engine, engine.host.admit(request), reporter, own, who, run)
+    except Exception:
+        reporter.close()
+        raise
 
 
 def request_of(

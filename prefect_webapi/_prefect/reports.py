@@ -183,6 +183,7 @@ class TaskRunReporter:
             flow_run=self._task_run.flow_run_id, task_run=self._task_run.id
         )
         self._progress.expect(count)
+        self._left = count
         self._story: Story | None = None
         self._card: Card | None = None
         self._closed = False
@@ -213,10 +214,10 @@ class TaskRunReporter:
         info = outcome.info
         failed = info.phase is not Phase.SUCCESS
         if not outcome.job_key:
-            self._progress.over("", failed=failed)
+            self._count(outcome.job_key, failed=failed)
             return
         story = self._tell(outcome.job_key, info.phase.name, info.reason, info=info, failed=failed)
-        self._progress.over(outcome.job_key, failed=failed)
+        self._count(outcome.job_key, failed=failed)
         what = end_of(info, stopped_by_us=outcome.stopped_by_us)
         if story is not None:
             self._emit(what, story, info.reason)
@@ -227,11 +228,18 @@ class TaskRunReporter:
             self._closed = True
             self._next = None
             story = self._story
+            left, self._left = self._left, 0
+        self._progress.forsake(left)
         self._display.forget(self)
         if story is not None:
             self._progress.note(story.key, None)
 
     # --- inside ------------------------------------------------------------------------------------
+
+    def _count(self, key: str, *, failed: bool) -> None:
+        with self._lock:
+            self._left = max(0, self._left - 1)
+        self._progress.over(key, failed=failed)
 
     def due_in(self) -> float:
         """Seconds until what waits may be sent."""
@@ -387,7 +395,7 @@ class ManyReporter(TaskRunReporter):
     def over(self, outcome: Outcome) -> None:
         """A job has ended, for good."""
         failed = outcome.info.phase is not Phase.SUCCESS
-        self._progress.over(outcome.job_key, failed=failed)
+        self._count(outcome.job_key, failed=failed)
         if failed and outcome.job_key and self._progress.wants_card(failed=True):
             self._show_failed(outcome)
         self._note(outcome.job_key, None)

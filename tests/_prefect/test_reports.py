@@ -14,9 +14,10 @@ from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterTaskRun
 from prefect.context import TaskRunContext
 
 from prefect_webapi._prefect.cards import links_of
-from prefect_webapi._prefect.reports import Display, TaskRunReporter
+from prefect_webapi._prefect.reports import Display, ManyReporter, TaskRunReporter
 from prefect_webapi.contract.keys import Base, Fingerprint, JobKey
 from prefect_webapi.contract.phase import ExternalResource, PhaseInfo, TaskInfo, TaskLog
+from prefect_webapi.engine.request import Outcome
 from prefect_webapi.ledger.records import JobState, Record
 from tests.support.prefect import PrefectServer
 from tests.support.waiting import eventually
@@ -51,6 +52,25 @@ def in_a_task(act: Callable[[], Any]) -> Any:
         return body()
 
     return run()
+
+
+def test_a_call_without_an_end_keeps_no_flow_run_in_memory(prefect_api: PrefectServer) -> None:
+    """It was refused, or left to the next process; of many, some had ended."""
+    display = Display(1000)
+
+    def act() -> None:
+        TaskRunReporter(display).close()
+        many = ManyReporter(display, 3)
+        outcome = Outcome(
+            job_key=JobKey("j"), fingerprint=Fingerprint("f"), info=PhaseInfo.success()
+        )
+        many.over(outcome)
+        many.close()
+
+    in_a_task(act)
+    [progress] = display.artifacts._runs.values()  # pyright: ignore[reportPrivateUsage] # memory is what this is about
+    assert progress.is_idle
+    assert progress.told() == "1 of 4 jobs are over"
 
 
 def tell(reporter: TaskRunReporter, infos: Iterable[PhaseInfo]) -> None:
