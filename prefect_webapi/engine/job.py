@@ -257,8 +257,6 @@ class Job:
         view = self._view
         if view is not None and not view.given and view.output_writer.value is NOTHING_PUT:
             self._view = None
-        if self._writing is not None and not self._writing.locked():
-            self._writing = None
 
     def serve(self, call: Call) -> None:
         """Have a call wait for it. What only the sweeper looked after is this call's from now on."""
