@@ -21,7 +21,17 @@ from prefect_webapi.engine.services import Services
 from prefect_webapi.ledger.records import JobState, Move, MoveResult, Record, RuntimeRow
 from prefect_webapi.registry import Loaded
 
-__all__ = ["Others", "close", "free", "release", "request_of", "settle", "spec_of", "take_over"]
+__all__ = [
+    "Others",
+    "close",
+    "free",
+    "outcome_of",
+    "release",
+    "request_of",
+    "settle",
+    "spec_of",
+    "take_over",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +101,7 @@ class Others:
         """The result that the ledger keeps of a job that is over: no remote call is made."""
         if record.state is not JobState.CLOSED and not await self.drive(record):
             await close(self._services, record)
-        return await _told(self._services, record, spec, loaded)
+        return await outcome_of(self._services, record, spec, loaded)
 
 
 async def take_over(
@@ -205,7 +215,10 @@ class _Silent:
         pass
 
 
-async def _told(services: Services, record: Record, spec: JobSpec[Any], loaded: Loaded) -> Outcome:
+async def outcome_of(
+    services: Services, record: Record, spec: JobSpec[Any], loaded: Loaded
+) -> Outcome:
+    """What the record of a job that is over tells a call with this spec."""
     info = record.details.phase or PhaseInfo.system_failure("Unknown", "the record has no phase")
     value = None
     if info.phase is Phase.SUCCESS:

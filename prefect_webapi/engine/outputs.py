@@ -110,11 +110,13 @@ async def recall(services: Services, spec: JobSpec[Any], outputs: Outputs | None
     """The value of a result kept earlier.
 
     Raises:
-        LookupError: the result storage has it no more.
+        LookupError: the result storage has it no more, or it was never fetched.
     """
-    if outputs is None:
-        return None
     declared = result_type(type(spec))
+    if outputs is None:
+        if _allows_none(declared):
+            return None
+        raise LookupError("nobody fetched it")
     if outputs.pointer is None:
         return adapter_of(declared).validate_json(json.dumps(outputs.value))
     data = await services.outputs.read(outputs.pointer)

@@ -40,7 +40,15 @@ from prefect_webapi.engine.contexts import ReadView, StatusView
 from prefect_webapi.engine.drafts import conflict, draft_for
 from prefect_webapi.engine.durations import Durations
 from prefect_webapi.engine.faults import fault_point
-from prefect_webapi.engine.handover import Others, close, release, request_of, take_over
+from prefect_webapi.engine.handover import (
+    Others,
+    close,
+    outcome_of,
+    release,
+    request_of,
+    spec_of,
+    take_over,
+)
 from prefect_webapi.engine.job import Call, Ending, Job, note_lease, persist
 from prefect_webapi.engine.liveness import BEAT_EVERY
 from prefect_webapi.engine.lobby import Lobby
@@ -311,7 +319,8 @@ class Runtime:
     async def seems_over(self, record: Record, loaded: Loaded) -> bool:
         """Whether a job is over at its service, by one read of which nothing is written down.
 
-        What can't be told is not over; what the service does not know seems so.
+        What can't be told is not over; what the service does not know seems so. Nor is a success over whose spec was
+        not kept: only its caller can fetch the result.
         """
         job = Job(self._services, record, request_of(record, loaded), loaded)
         try:
@@ -320,6 +329,8 @@ class Runtime:
             info = await self._calls.status(loaded, StatusView(job, handle, snapshot))
         except (RemoteError, ValidationError) as error:
             return isinstance(error, NotFound)
+        if info.phase is Phase.SUCCESS and spec_of(record, loaded) is None:
+            return False
         return info.phase.is_terminal
 
     async def give_up(self, key: JobKey) -> None:
@@ -789,10 +800,12 @@ class Runtime:
             return
         services = self._services
         was_ending, well = job.ending is not None, info.phase is Phase.SUCCESS
-        collected = Collected(info)
+        collected, request = Collected(info), job.request
         if info.phase is Phase.SUCCESS:
             fault_point("KP-14")
-            collected = await collect(services, self._calls, job, info, snapshot)
+            is_known = not job.is_swept or spec_of(job.record, job.loaded) is not None
+            if is_known:  # else only its caller could say what to fetch, and nobody is to come back
+                collected = await collect(services, self._calls, job, info, snapshot)
             fault_point("KP-16")
         final = collected.info
         if final is info and (not was_ending or (well and job.ending is job.orphaned)):
@@ -823,7 +836,12 @@ class Runtime:
             with suppress(LedgerConflict):  # another process told it: so do we
                 await persist(services, job, Event.DELIVERED)
         fault_point("KP-19")
-        self._deliver(job, final, collected.value)
+        value = collected.value
+        if final.phase is Phase.SUCCESS and job.request is not request:
+            # A call has come meanwhile: its spec says what the result is.
+            outcome = await outcome_of(services, job.record, job.request.spec, job.loaded)
+            final, value = outcome.info, outcome.value
+        self._deliver(job, final, value)
         await self._settle(job)
 
     async def _settle(self, job: Job) -> None:
