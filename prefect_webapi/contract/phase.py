@@ -71,6 +71,11 @@ def cut_text(text: str, size_bytes: int) -> str:
     return raw[: size_bytes - 3].decode("utf-8", "ignore") + "…"
 
 
+def _whole(text: str) -> str:
+    """`text` without halves of surrogate pairs: JSON may escape one, and no data base holds it."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
+
+
 def _short_reason(text: str) -> str:
     return cut_text(text, REASON_BYTES)
 
@@ -94,7 +99,7 @@ def _aware(value: Any) -> Any:
 
 def _small_json(value: Mapping[str, Any]) -> dict[str, Any]:
     """Keep what JSON can hold and what fits; the rest would hurt every reader of the record."""
-    text = json.dumps(value, default=str)
+    text = _whole(json.dumps(value, default=str, ensure_ascii=False))
     if len(text.encode()) > CUSTOM_INFO_BYTES:
         return {
             "truncated": f"custom_info had {len(text.encode())} bytes, limit {CUSTOM_INFO_BYTES}"
@@ -102,6 +107,7 @@ def _small_json(value: Mapping[str, Any]) -> dict[str, Any]:
     return json.loads(text)
 
 
+Text = Annotated[str, AfterValidator(_whole)]
 Instant = Annotated[datetime, BeforeValidator(_aware)]
 CustomInfo = Annotated[dict[str, Any], AfterValidator(_small_json)]
 
@@ -113,19 +119,19 @@ class _Value(BaseModel):
 class ExecutionError(_Value):
     """Why a job failed. `kind` says whose fault it is."""
 
-    code: str = "Unknown"
+    code: Text = "Unknown"
     message: Annotated[str, AfterValidator(_short_message)] = ""
     kind: ErrorKind = "system"
-    error_uri: str | None = None
+    error_uri: Text | None = None
     timestamp: Instant | None = None
-    worker: str | None = None
+    worker: Text | None = None
 
 
 class TaskLog(_Value):
     """A link to the job's page or logs at the remote service."""
 
-    name: str
-    uri: str
+    name: Text
+    uri: Text
     message_format: Literal["unknown", "csv", "json"] = "unknown"
     ttl: timedelta | None = None
     show_while_pending: bool = False
@@ -135,12 +141,12 @@ class TaskLog(_Value):
 class ExternalResource(_Value):
     """A part of the job that the service reports by itself. `index` is stable across reports."""
 
-    external_id: str
+    external_id: Text
     index: int = 0
     retry_attempt: int = 0
     phase: Phase = Phase.UNDEFINED
     logs: tuple[TaskLog, ...] = ()
-    cache_status: str | None = None
+    cache_status: Text | None = None
     custom_info: CustomInfo = Field(default_factory=dict)
 
 

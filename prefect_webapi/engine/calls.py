@@ -147,12 +147,11 @@ class Calls:
                 limit = self._timeout(now, "status")
                 with anyio.fail_after(self._services.clock.real(limit.total_seconds())):
                     info = await info
+            return _told_of(now, view, info)
         except BaseException as error:
             if is_cancelled(error):
                 raise
             judged = _judged(error, now, "status", view)
-        else:
-            return _told_of(now, view, info)
         raise judged  # outside the handler: what an author raised may hold a secret
 
     async def create(self, loaded: Loaded, view: TaskView) -> CreateResult[Any, Any]:

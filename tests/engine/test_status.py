@@ -36,6 +36,15 @@ ENDED = datetime(2026, 11, 24, 6, 30, tzinfo=UTC)
 NAIVE = datetime(2026, 11, 24, 6, 30)  # noqa: DTZ001 - an author who forgot the zone
 
 
+HALF = "half of \ud83d"
+"""JSON may escape half of a surrogate pair, so a service's words may hold one."""
+_HALVES = TaskInfo(
+    custom_info={"note": HALF, HALF: [HALF]},
+    logs=(TaskLog(name=HALF, uri=f"https://example.com/{HALF}"),),
+    external_resources=(ExternalResource(external_id=HALF, cache_status=HALF),),
+)
+
+
 class OddPlugin(SinglePlugin):
     """`kind` of the spec names an author's way with `status`."""
 
@@ -95,6 +104,8 @@ _ODD: dict[str, Callable[[PhaseInfo], PhaseInfo]] = {
     "raises": _raises,
     "no phase info": _no_phase_info,
     "unknown number": lambda usual: PhaseInfo.model_construct(phase=99),
+    "half a pair": lambda usual: usual.model_copy(update={"info": _HALVES}),
+    "half a pair, unseen": lambda usual: usual.model_copy(update={"reason": HALF}),
     "parts": _parts,
     "more links": _more_links,
     "ended at": _over(ENDED),
@@ -145,7 +156,12 @@ async def test_a_phase_that_can_not_be_told_is_no_news_and_the_deadline_ends_it(
 
 @pytest.mark.parametrize(
     ("kind", "code"),
-    [("raises", "KeyError"), ("no phase info", "TypeError"), ("unknown number", None)],
+    [
+        ("raises", "KeyError"),
+        ("no phase info", "TypeError"),
+        ("unknown number", None),
+        ("half a pair, unseen", None),
+    ],
 )
 async def test_a_status_that_can_not_be_used_counts_as_a_failed_read(
     job_server: EmbeddedJobServer, tmp_path: Path, kind: str, code: str | None
@@ -259,6 +275,20 @@ async def test_a_megabyte_of_reason_is_cut(job_server: EmbeddedJobServer, tmp_pa
     message = ending(outcome).message
     assert message is not None
     assert len(message.encode()) < 100 * 1024
+
+
+async def test_half_a_surrogate_pair_in_the_services_words_loses_no_job(
+    job_server: EmbeddedJobServer, tmp_path: Path
+) -> None:
+    told = Told()
+    with at(tmp_path, job_server, entries=[ODD]) as host:
+        outcome = await run(host, ReportJob(kind="half a pair", seconds=0.2), "odd", reporter=told)
+    assert outcome.info.phase is Phase.SUCCESS
+    assert outcome.info.info.custom_info == {"note": "half of ?", "half of ?": ["half of ?"]}
+    assert job_server.stats().created == 1
+    failure = PhaseInfo.failure(HALF, HALF)
+    assert failure.err is not None
+    assert failure.err.code == "half of ?"
 
 
 async def test_parts_of_a_job_keep_their_index(
