@@ -9,13 +9,15 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from pydantic import ValidationError
+
 from prefect_webapi.contract.phase import Phase, PhaseInfo
 from prefect_webapi.contract.task import JobSpec
 from prefect_webapi.engine import machine
 from prefect_webapi.engine.job import Call, Ending, slot_of
 from prefect_webapi.engine.liveness import is_alive
 from prefect_webapi.engine.machine import Event
-from prefect_webapi.engine.outputs import recall
+from prefect_webapi.engine.outputs import faults_of, recall
 from prefect_webapi.engine.request import Caller, JobRequest, Outcome, outermost_run
 from prefect_webapi.engine.services import Services
 from prefect_webapi.ledger.records import JobState, Move, MoveResult, Record, RuntimeRow
@@ -228,6 +230,12 @@ async def outcome_of(
             info = PhaseInfo.system_failure(
                 "ResultExpired",
                 f"job {record.key} succeeded, but its stored result is gone; run it again with reuse_results=False",
+            )
+        except ValidationError as error:
+            info = PhaseInfo.failure(
+                "OutputsInvalid",
+                f"job {record.key} succeeded, but its stored result is not what the spec promises now "
+                f"({faults_of(error)}); run it again with reuse_results=False",
             )
     return Outcome(
         job_key=record.key,

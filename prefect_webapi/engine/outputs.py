@@ -25,7 +25,7 @@ from prefect_webapi.engine.services import Services
 from prefect_webapi.http import ANSWER_TOO_LARGE
 from prefect_webapi.ledger.records import Outputs
 
-__all__ = ["Collected", "collect", "recall"]
+__all__ = ["Collected", "collect", "faults_of", "recall"]
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ async def collect(
         return Collected(
             PhaseInfo.failure(
                 "OutputsInvalid",
-                f"the result is not what the spec promises ({declared}): {_faults(error)}",
+                f"the result is not what the spec promises ({declared}): {faults_of(error)}",
             )
         )
     if len(data) <= INLINE_BYTES:
@@ -111,6 +111,7 @@ async def recall(services: Services, spec: JobSpec[Any], outputs: Outputs | None
 
     Raises:
         LookupError: the result storage has it no more, or it was never fetched.
+        ValidationError: it is not what the spec promises; people edit what it promises.
     """
     declared = result_type(type(spec))
     if outputs is None:
@@ -174,7 +175,8 @@ def _allows_none(declared: Any) -> bool:
     return True
 
 
-def _faults(error: ValidationError) -> str:
+def faults_of(error: ValidationError) -> str:
+    """What is wrong with a result, for people."""
     return "; ".join(
         f"{'.'.join(str(p) for p in e['loc']) or 'value'}: {e['msg']}" for e in error.errors()[:5]
     )

@@ -10,6 +10,7 @@ from enum import Enum, StrEnum
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, TypeAdapter
+from pydantic_core import to_json
 
 from prefect_webapi.contract.keys import Base, Fingerprint, JobKey
 from prefect_webapi.contract.phase import PhaseInfo
@@ -142,7 +143,7 @@ class Details:
     steps: tuple[Step, ...] = ()
 
     def to_json(self) -> str:
-        return _DETAILS.dump_json(self).decode()
+        return to_json(self, inf_nan_mode="constants").decode()  # a result may be no number
 
     @classmethod
     def from_json(cls, text: str) -> Details:

@@ -141,6 +141,56 @@ async def test_a_result_outlives_its_process(
     assert len(stored(tmp_path)) == int(len(result) > 1000)
 
 
+class FloatsJob(JobSpec[list[float]]):
+    """A job whose result is numbers, if that."""
+
+    seconds: float = 0.0
+    result: Any = None
+
+
+class FloatJob(JobSpec[float]):
+    """A `FloatsJob` after somebody has edited what it returns."""
+
+    seconds: float = 0.0
+    result: Any = None
+
+
+class FloatsPlugin(TextPlugin):
+    def status(self, ctx: StatusContext[JobHandle, JobView]) -> PhaseInfo:
+        ctx.output_writer.put([float(each) for each in ctx.resource.result])
+        return PHASES[ctx.resource.state](ctx.resource.message)
+
+
+FLOATS = entry(FloatsPlugin, "floats")
+
+
+async def test_a_result_that_is_no_number_is_the_same_for_the_next_run(
+    job_server: EmbeddedJobServer, tmp_path: Path
+) -> None:
+    spec = FloatsJob(result=["nan", "inf", "-inf", "1.5"])
+    with at(tmp_path, job_server, entries=[FLOATS]) as host:
+        first = await run(host, spec, "floats", task_run="t")
+        second = await run(host, spec, "floats", task_run="t", execution="2")
+    assert str(first.value) == str(second.value) == "[nan, inf, -inf, 1.5]"
+    assert job_server.stats().created == 1
+
+
+async def test_a_stored_result_that_an_edited_spec_no_longer_promises_says_what_to_do(
+    job_server: EmbeddedJobServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    kept = {"seconds": 0.0, "result": ["1.5"]}
+    with at(tmp_path, job_server, entries=[FLOATS]) as host:
+        await run(host, FloatsJob.model_validate(kept), "floats", task_run="t")
+        spec = FloatJob.model_validate(kept)
+        outcome = await run(host, spec, "floats", task_run="t", execution="2")
+    assert outcome.info.err is not None
+    assert (outcome.info.err.code, outcome.info.kind) == ("OutputsInvalid", "user")
+    assert "Input should be a valid number" in outcome.info.reason
+    assert "reuse_results=False" in outcome.info.reason
+    assert job_server.stats().created == 1
+    assert "failed in the engine" not in caplog.text
+
+
 async def test_a_result_that_the_spec_does_not_promise_is_dropped(
     job_server: EmbeddedJobServer, tmp_path: Path
 ) -> None:
