@@ -6,9 +6,11 @@ path or a query.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import metadata
 
 from opentelemetry import context, trace
@@ -16,6 +18,8 @@ from opentelemetry.context import Context
 from opentelemetry.trace import Link, Span, SpanKind, Status, StatusCode
 
 __all__ = ["Context", "Origin", "call_span", "here", "is_on", "request_span"]
+
+logger = logging.getLogger(__name__)
 
 NAME = "prefect_webapi"
 
@@ -91,10 +95,15 @@ def _ids(origin: Origin) -> dict[str, str | int]:
 @contextmanager
 def _current(
     name: str, parent: Context, facts: Mapping[str, str | int], links: Sequence[Link]
-) -> Generator[Span]:
-    span = _TRACER.start_span(
-        name, context=parent, kind=SpanKind.CLIENT, attributes=facts, links=links
-    )
+) -> Generator[Span | None]:
+    try:
+        span = _TRACER.start_span(
+            name, context=parent, kind=SpanKind.CLIENT, attributes=facts, links=links
+        )
+    except Exception as error:  # noqa: BLE001 - of a span processor; a call goes on without its span
+        _tell_once(type(error).__name__, str(error))
+        yield None
+        return
     token = context.attach(trace.set_span_in_context(span, parent))
     try:
         yield span
@@ -105,4 +114,13 @@ def _current(
         raise
     finally:
         context.detach(token)
-        span.end()
+        try:
+            span.end()
+        except Exception as error:  # noqa: BLE001 - it must not take the place of the call's answer
+            _tell_once(type(error).__name__, str(error))
+
+
+@lru_cache(maxsize=16)
+def _tell_once(kind: str, told: str) -> None:
+    """A broken processor fails at each span; saying it once is enough."""
+    logger.warning("a span processor failed, and calls go on without it: %s: %s", kind, told)

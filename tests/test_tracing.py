@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 from opentelemetry import trace
-from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.context import Context
+from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
@@ -102,6 +103,41 @@ async def test_a_failed_call_says_what_kind_and_not_what_was_told(
     assert (first.attributes or {})["error.type"] == "Throttled"
     assert second.status.status_code is StatusCode.UNSET
     assert not first.events
+
+
+class BrokenProcessor(SpanProcessor):
+    """Somebody else's, and it fails: at a span's begin, or at its end."""
+
+    def __init__(self, at: str) -> None:
+        self._at = at
+
+    def on_start(self, span: Span, parent_context: Context | None = None) -> None:
+        if self._at == "start":
+            raise RuntimeError("the collector is away")
+
+    def on_end(self, span: ReadableSpan) -> None:
+        if self._at == "end":
+            raise RuntimeError("the collector's queue is full")
+
+
+@pytest.mark.parametrize("when", ["start", "end"])
+async def test_a_span_processor_that_fails_costs_no_answer_and_is_told_of_once(
+    job_server: EmbeddedJobServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    when: str,
+) -> None:
+    """The answer to a create that is sent once only is the one that must not be lost."""
+    provider = TracerProvider()
+    provider.add_span_processor(BrokenProcessor(when))
+    monkeypatch.setattr(trace, "_TRACER_PROVIDER", provider)
+    monkeypatch.setattr(tracing, "_TRACER", provider.get_tracer("prefect_webapi"))
+    with at(tmp_path, job_server) as host:
+        outcome = await run(host, ReportJob(seconds=0.1), "neither")
+    assert outcome.info.phase.name == "SUCCESS"
+    assert job_server.stats().created == 1
+    assert [each.name for each in caplog.records] == ["prefect_webapi.tracing"]
 
 
 async def test_without_a_tracer_provider_no_span_is_begun(
