@@ -57,6 +57,8 @@ from prefect_webapi.contract.errors import (
 from prefect_webapi.contract.secrecy import Mask, secrets_in
 from prefect_webapi.ledger.sql import SqlStore
 from prefect_webapi.testing import EmbeddedJobServer
+from prefect_webapi.testing.engine import engine as given_secrets
+from prefect_webapi.testing.jobserver.faults import Op
 from prefect_webapi_jobserver import JobServer, JobServerPlugin, ReportJob, run_job
 from prefect_webapi_jobserver.models import JobHandle, JobView
 from tests.support.engine import at, block, engine, request, run
@@ -223,6 +225,12 @@ class LookingPlugin(SinglePlugin):
         }
         await self._api.put(path("jobs", job.generated_name), json=body)
         return JobHandle(name=job.generated_name)
+
+
+class LookingManyPlugin(LookingPlugin):
+    """Reads its jobs together."""
+
+    max_batch = JobServerPlugin.max_batch
 
 
 LOOKING = entry(LookingPlugin, "looking")
@@ -536,6 +544,39 @@ async def test_an_unreachable_ledger_is_told_without_its_password(
     for text in (*traceback.format_exception(unavailable.value), repr(store), caplog.text):
         assert password not in text
     assert "ann" in str(unavailable.value) or "127.0.0.1" in str(unavailable.value)
+
+
+@pytest.mark.parametrize("op", ["get", "batch", "delete"])
+async def test_a_secret_that_a_job_was_given_is_in_no_text_of_a_later_call(
+    job_server: EmbeddedJobServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    op: Op,
+) -> None:
+    """`create` has got it; the service echoes it when the job is read or deleted."""
+    secret = canary(f"job-{op}")
+    monkeypatch.setenv("DB_PASSWORD", secret)
+    many = entry(LookingManyPlugin, "looking")
+    blocks = {"default": block(job_server, {"caching": {"maxSystemFailures": 1}})}
+    spec = ReportJob(kind="DB_PASSWORD", outcome="never")
+    told = {"message": f"the job with password {secret} can't be had now"}
+    plugin = many if op == "batch" else LOOKING
+    with given_secrets(tmp_path, [plugin], blocks, speed=20) as host:
+        ticket = host.admit(request(spec, task_type="looking"))
+        host.admit(request(spec.model_copy(update={"day": 1}), task_type="looking"))
+        await eventually(lambda: job_server.log("batch" if op == "batch" else "get"), within=20)
+        job_server.fault(op, status=500, times=None if op != "delete" else 2, body=told)
+        if op == "delete":
+            ticket.cancel("enough")
+        outcome = await asyncio.wait_for(ticket.outcome(), 30)
+        job_server.clear_faults()
+    places = Places()
+    places.add("outcome", str(outcome.info))
+    places.add("log", caplog.text)
+    places.add_files("ledger", tmp_path)
+    assert "the job with password ***" in outcome.info.reason + caplog.text
+    assert places.that_have(secret) == []
 
 
 class Deep(BaseModel):

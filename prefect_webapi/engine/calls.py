@@ -131,7 +131,7 @@ class Calls:
     async def requirements(self, loaded: Loaded, view: TaskView) -> ResourceRequirements:
         now = self._services.plugins.current(loaded)
         limit = self._timeout(now, "resource_requirements")
-        answer = await self._ask(now, "resource_requirements", view, limit)
+        answer = await self._ask(now, "resource_requirements", view, [view], limit)
         if isinstance(answer, ResourceRequirements):
             return answer
         raise _wrong(now, "resource_requirements", answer, "ResourceRequirements")
@@ -151,7 +151,7 @@ class Calls:
         except BaseException as error:
             if is_cancelled(error):
                 raise
-            judged = _judged(error, now, "status", view)
+            judged = _judged(error, now, "status", [view.source])
         raise judged  # outside the handler: what an author raised may hold a secret
 
     async def create(self, loaded: Loaded, view: TaskView) -> CreateResult[Any, Any]:
@@ -183,8 +183,8 @@ class Calls:
                 "it must return one per job, in the same order"
             )
         return [
-            _judged(a, loaded, "get_many", contexts) if isinstance(a, Exception) else a
-            for a in answers
+            _judged(a, loaded, "get_many", [task]) if isinstance(a, Exception) else a
+            for a, task in zip(answers, tasks, strict=True)
         ]
 
     async def delete(self, loaded: Loaded, handle: Any, reason: str, task: ViewSource) -> None:
@@ -246,7 +246,7 @@ class Calls:
         outcome = "cancelled"
         try:
             with call_span(name, plugin, now.connection.name, map(_origin, tasks)):
-                answer = await self._ask(now, name, argument, limit)
+                answer = await self._ask(now, name, argument, tasks, limit)
         except RemoteError as error:
             outcome = type(error).__name__
             if isinstance(error, Throttled):
@@ -260,7 +260,14 @@ class Calls:
         finally:
             counts.count(plugin, name, outcome, clock.monotonic() - began)
 
-    async def _ask(self, loaded: Loaded, name: str, argument: Any, limit: timedelta) -> Any:
+    async def _ask(
+        self,
+        loaded: Loaded,
+        name: str,
+        argument: Any,
+        tasks: Sequence[ViewSource],
+        limit: timedelta,
+    ) -> Any:
         """Call a method of the newest instance; whatever an author's code raises is judged."""
         clock = self._services.clock
         began = clock.monotonic()
@@ -278,7 +285,7 @@ class Calls:
                     code="Timeout",
                 )
             else:
-                judged = _judged(error, loaded, name, argument)
+                judged = _judged(error, loaded, name, tasks)
         raise judged  # outside the handler: what an author raised may hold a secret
 
     async def _run(self, loaded: Loaded, method: partial[Any]) -> Any:
@@ -340,13 +347,14 @@ def _origin(task: ViewSource) -> Origin:
     return Origin(task.request.trace, task.key, caller.flow_run, caller.task_run)
 
 
-def _mask(loaded: Loaded, argument: Any) -> Mask:
-    """Knows the connection's secrets and those that the job was given: authors make mistakes."""
-    given = argument.given if isinstance(argument, TaskView | StatusView) else ()
-    return loaded.mask.with_more(secrets_in(given))
+def _mask(loaded: Loaded, tasks: Sequence[ViewSource]) -> Mask:
+    """Knows the connection's secrets and those that the jobs were given: authors make mistakes."""
+    return loaded.mask.with_more(secrets_in([secret for task in tasks for secret in task.given]))
 
 
-def _judged(error: BaseException, loaded: Loaded, name: str, argument: Any) -> RemoteError:
+def _judged(
+    error: BaseException, loaded: Loaded, name: str, tasks: Sequence[ViewSource]
+) -> RemoteError:
     """What an error of an author's method means, without secrets; a foreign one names the method."""
     if isinstance(error, RemoteError):
         judged = error
@@ -356,7 +364,7 @@ def _judged(error: BaseException, loaded: Loaded, name: str, argument: Any) -> R
         judged = classify(error) if isinstance(error, Exception) else _no_error(error)
         judged.message = f"{name} of plugin {loaded.entry.id!r}: {judged.message}"
         judged.args = (judged.message,)
-    mask = _mask(loaded, argument)
+    mask = _mask(loaded, tasks)
     if not mask.is_told_by(error):
         if judged is not error:
             judged.__cause__ = error
@@ -380,7 +388,7 @@ def _told_of(loaded: Loaded, view: StatusView, info: Any) -> PhaseInfo:
         raise _wrong(loaded, "status", info, "a PhaseInfo")
     if not info.has_text:
         return info
-    mask = _mask(loaded, view)
+    mask = _mask(loaded, [view.source])
     if not mask.hits(info.model_dump_json()):
         return info
     return PhaseInfo.model_validate(mask.data(info.model_dump()))
