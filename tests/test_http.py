@@ -13,8 +13,10 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
+import psutil
 import pytest
 from pydantic import SecretStr
 
@@ -44,6 +46,7 @@ from prefect_webapi.testing import EmbeddedJobServer
 from tests.support.jobserver import TOKEN
 from tests.support.waiting import eventually
 
+FIND = {"key": "nobody's"}
 MILLISECONDS_300 = timedelta(milliseconds=300)
 
 
@@ -423,6 +426,54 @@ async def test_a_request_that_got_no_connection_sent_nothing(
     assert (error.code, error.job_may_exist) == ("PoolTimeout", False)
     assert (await reading)["name"] == "x"
     assert len(job_server.log("create")) == 1
+    await client.aclose()
+
+
+async def test_a_request_waits_for_no_slow_one_while_others_end(
+    job_server: EmbeddedJobServer,
+) -> None:
+    """Whichever of all connections is free first is the one that it gets."""
+    client = RemoteClient(job_server.url, token=SecretStr(TOKEN))
+
+    async def begun(count: int, delay: float) -> list[asyncio.Task[Any]]:
+        before = len(job_server.log("find"))
+        job_server.fault("find", delay=delay, times=count)
+        finds = [asyncio.ensure_future(client.get("/jobs", params=FIND)) for _ in range(count)]
+        await eventually(lambda: len(job_server.log("find")) == before + count, within=20)
+        return finds
+
+    slow = await begun(8, delay=30)  # as many as one pool has
+    quick = await begun(88, delay=1)
+    try:
+        await asyncio.wait_for(client.get("/jobs", params=FIND), 10)
+        assert not any(each.done() for each in slow)
+    finally:
+        for each in (*slow, *quick):
+            each.cancel()
+        await asyncio.gather(*slow, *quick, return_exceptions=True)
+        await client.aclose()
+
+
+async def test_the_connections_of_a_burst_are_closed_once_they_are_idle(
+    job_server: EmbeddedJobServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("prefect_webapi.http.KEEPALIVE_SECONDS", 0.3)
+    client = RemoteClient(job_server.url, token=SecretStr(TOKEN))
+    port = urlsplit(job_server.url).port
+    me = psutil.Process()
+
+    def open_ones() -> int:
+        return sum(bool(c.raddr) and c.raddr.port == port for c in me.net_connections())
+
+    async def are_few() -> bool:
+        await client.get("/jobs", params=FIND)
+        return open_ones() <= before + 1
+
+    before = open_ones()
+    job_server.fault("find", delay=0.5, times=96)
+    await asyncio.gather(*(client.get("/jobs", params=FIND) for _ in range(96)))
+    assert open_ones() > before + 8
+    await eventually(are_few, within=20)
     await client.aclose()
 
 
