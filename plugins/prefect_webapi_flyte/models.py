@@ -178,11 +178,12 @@ class ConnectorHandle(_Value):
     """Enough to read and delete a job.
 
     Attributes:
-        meta: what the connector gave, which may hold a token: encrypted, or in Base64 where plain ones are allowed.
+        opaque_meta: what the connector gave, which may hold a token: encrypted, or in Base64 where plain ones are
+            allowed. Its name keeps it out of what people are shown.
     """
 
     task_type: str
     task_type_version: int
     output_prefix: str
     is_encrypted: bool
-    meta: str
+    opaque_meta: str

@@ -115,7 +115,7 @@ class ConnectorPlugin(_OnConnector, AsyncPlugin[ConnectorHandle, pb.Resource]):
             task_type_version=job.task_type_version,
             output_prefix=request.output_prefix,
             is_encrypted=self._vault is not None,
-            meta=kept.decode(),
+            opaque_meta=kept.decode(),
         )
 
     async def get(self, ctx: GetContext[ConnectorHandle]) -> pb.Resource:
@@ -141,10 +141,10 @@ class ConnectorPlugin(_OnConnector, AsyncPlugin[ConnectorHandle, pb.Resource]):
 
     def _opened(self, handle: ConnectorHandle) -> bytes:
         if not handle.is_encrypted:
-            return base64.b64decode(handle.meta)
+            return base64.b64decode(handle.opaque_meta)
         try:
             if self._vault:
-                return self._vault.decrypt(handle.meta)
+                return self._vault.decrypt(handle.opaque_meta)
         except InvalidToken:
             pass
         raise RemoteSystemError(

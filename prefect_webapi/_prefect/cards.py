@@ -9,7 +9,7 @@ from datetime import datetime, timedelta
 from typing import Any, cast
 
 from prefect_webapi.contract.phase import Phase, PhaseInfo, TaskLog
-from prefect_webapi.contract.secrecy import looks_secret, mask_url
+from prefect_webapi.contract.secrecy import is_shown, looks_secret, mask_url
 from prefect_webapi.ledger.records import Record, Step
 
 __all__ = ["Story", "card", "links_of"]
@@ -122,11 +122,11 @@ def _fields(given: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _handle(value: Any) -> list[str]:
-    """The service's names for the job: one a line, without what looks like a secret."""
+    """The service's names for the job: one a line, of those that people may see."""
     if not isinstance(value, Mapping):
         return [str(value)]
     fields = cast(Mapping[str, Any], value)
-    named = {n: v for n, v in fields.items() if v not in (None, "") and not looks_secret(n)}
+    named = {n: v for n, v in fields.items() if v not in (None, "") and is_shown(n)}
     if len(named) == 1:
         return [str(*named.values())]
     return [f"{name}: {text}" for name, text in named.items()]

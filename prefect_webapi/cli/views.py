@@ -14,7 +14,7 @@ from rich.text import Text
 
 from prefect_webapi.cli.screen import pairs, span, when
 from prefect_webapi.contract.phase import Phase
-from prefect_webapi.contract.secrecy import looks_secret, mask_url
+from prefect_webapi.contract.secrecy import is_shown, mask_url
 from prefect_webapi.ledger.records import JobState, Pace, Record
 
 __all__ = [
@@ -302,16 +302,14 @@ def _creates(record: Record) -> int:
 
 
 def _handle(record: Record) -> Any:
-    """The service's own names for the job, without what looks like a secret."""
+    """The service's own names for the job, of those that people may see."""
     return None if record.handle is None else _masked(json.loads(record.handle))
 
 
 def _masked(value: Any) -> Any:
     if isinstance(value, Mapping):
         fields = cast(Mapping[str, Any], value)
-        return {
-            name: "***" if looks_secret(name) else _masked(part) for name, part in fields.items()
-        }
+        return {name: _masked(part) if is_shown(name) else "***" for name, part in fields.items()}
     if isinstance(value, list):
         return [_masked(part) for part in cast(list[Any], value)]
     return mask_url(value) if isinstance(value, str) else value

@@ -74,7 +74,8 @@ class _Plugin(ABC):
 class AsyncPlugin(_Plugin, Generic[M, R]):
     """A remote service whose jobs are created, read, judged and deleted by separate calls.
 
-    `M` is the handle: what is enough to read and delete a job after a restart; pydantic must be able
+    `M` is the handle: what is enough to read and delete a job after a restart; people are shown all
+    of its fields but those called `opaque…` and those that look like secrets. pydantic must be able
     to serialise it and it holds no secret. `R` is the snapshot: what the last read learned; it is
     never stored.
 

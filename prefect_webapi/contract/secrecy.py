@@ -16,6 +16,7 @@ from pydantic.types import Secret
 __all__ = [
     "Mask",
     "is_secret_type",
+    "is_shown",
     "looks_secret",
     "mask_url",
     "scrub",
@@ -55,6 +56,14 @@ def looks_secret(name: str) -> bool:
         if word in _SECRET_WORDS or (word, *words[nth + 1 : nth + 2]) in _SECRET_PAIRS:
             return True
     return False
+
+
+def is_shown(name: str) -> bool:
+    """Whether people may see a handle's field of this name.
+
+    None that looks like a secret; nor one called `opaque…`, which only its plugin can read.
+    """
+    return not looks_secret(name) and not name.startswith("opaque")
 
 
 def is_secret_type(kind: Any) -> bool:

@@ -15,10 +15,12 @@ import pytest
 from prefect_webapi._prefect import artifacts as module
 from prefect_webapi._prefect.artifacts import BURST, CARDS, Artifacts, Card, Progress
 from prefect_webapi._prefect.cards import Story, card
+from prefect_webapi.cli.views import job_data
 from prefect_webapi.contract.phase import PhaseInfo, TaskInfo, TaskLog
 from prefect_webapi_aws import Athena
 from prefect_webapi_aws.athena import AthenaPlugin
 from prefect_webapi_aws.athena_models import Query, QueryHandle
+from prefect_webapi_flyte.models import ConnectorHandle
 from tests._prefect.test_reports import RECORD
 from tests.support.waiting import eventually
 
@@ -52,6 +54,24 @@ def test_a_card_tells_where_a_job_is_and_why_its_times_and_the_services_words() 
     )
     assert text.endswith("[Query q-17](<https://console/q-17>)")
     assert "canary" not in text
+
+
+def test_what_only_a_plugin_can_read_of_a_handle_is_shown_to_nobody() -> None:
+    """What a Flyte connector gives may hold a token, and is kept as it is where plain handles are allowed."""
+    handle = ConnectorHandle(
+        task_type="spark",
+        task_type_version=0,
+        output_prefix="/x",
+        is_encrypted=False,
+        opaque_meta="eyJhdXRoX3Rva2VuIjoiY2FuYXJ5In0=",
+    )
+    record = replace(RECORD, handle=handle.model_dump_json())
+    text = card(story(record=record))[2]
+    assert "task\\_type: spark" in text
+    assert handle.opaque_meta not in text
+    shown = job_data(record)["handle"]
+    assert shown["task_type"] == "spark"
+    assert shown["opaque_meta"] == "***"
 
 
 def test_a_failure_says_its_code_and_whose_fault_it_is() -> None:

@@ -218,7 +218,7 @@ class TestFlyteConnector(PluginSuite):
             task_type_version=0,
             output_prefix="",
             is_encrypted=True,
-            meta=meta.decode(),
+            opaque_meta=meta.decode(),
         )
 
     # --- what the wire brings ----------------------------------------------------------------
@@ -244,7 +244,7 @@ class TestFlyteConnector(PluginSuite):
         """CASE-256, CASE-257: whatever ids are in it, after a stay in the ledger."""
         meta = f'{{"job_id": "{name}", "auth_token": ""}}'.encode()
         handle = self.unknown_handle().model_copy(
-            update={"meta": Fernet(KEY).encrypt(meta).decode()}
+            update={"opaque_meta": Fernet(KEY).encrypt(meta).decode()}
         )
         handle = ConnectorHandle.model_validate_json(handle.model_dump_json())
         for call in (plugin.get(GetView(handle)), plugin.delete(DeleteView(handle, "enough"))):
@@ -514,7 +514,7 @@ async def test_the_connectors_token_is_not_in_the_ledger(
     (record,) = await records(tmp_path)
     assert record.handle is not None
     handle = ConnectorHandle.model_validate_json(record.handle)
-    assert job["token"].encode() in Fernet(KEY).decrypt(handle.meta)
+    assert job["token"].encode() in Fernet(KEY).decrypt(handle.opaque_meta)
 
 
 async def test_whoever_has_no_secrets_in_handles_may_do_without_a_key(
@@ -527,7 +527,7 @@ async def test_whoever_has_no_secrets_in_handles_may_do_without_a_key(
     (record,) = await records(tmp_path)
     assert record.handle is not None
     handle = ConnectorHandle.model_validate_json(record.handle)
-    assert server.jobs()[0]["token"].encode() in base64.b64decode(handle.meta)
+    assert server.jobs()[0]["token"].encode() in base64.b64decode(handle.opaque_meta)
 
 
 async def test_a_new_key_reads_with_the_old_one_beside_it(
