@@ -154,12 +154,15 @@ class Writer:
         self._pending.extendleft(reversed(later))
         return taken
 
-    async def _commit(self, operations: Sequence[batch.Operation]) -> None:
+    async def _commit(
+        self, operations: Sequence[batch.Operation], *, is_repeated: bool = False
+    ) -> None:
         def work(conn: Connection, repeated: bool) -> None:
             batch.run(conn, self._statements, self._reader, operations, repeated=repeated)
 
+        attempt = _Attempt(work, is_repeated)
         try:
-            await self._repeat(work)
+            await self._repeat(attempt)
         except LedgerUnavailable as exc:
             for operation in operations:
                 _fail(operation.future, _copy(exc))
@@ -168,15 +171,15 @@ class Writer:
                 _fail(operations[0].future, _refused(exc))
                 return
             half = len(operations) // 2
-            await self._commit(operations[:half])
-            await self._commit(operations[half:])
+            await self._commit(operations[:half], is_repeated=attempt.is_repeated)
+            await self._commit(operations[half:], is_repeated=attempt.is_repeated)
         else:
             for operation in operations:
                 _answer(operation.future, operation.answer)
 
     async def _commit_call(self, call: _Call) -> None:
         try:
-            result = await self._repeat(lambda conn, _repeated: call.function(conn))
+            result = await self._repeat(_Attempt(lambda conn, _repeated: call.function(conn)))
         except LedgerUnavailable as exc:
             _fail(call.future, exc)
         except Exception as exc:  # noqa: BLE001  as above
@@ -184,14 +187,13 @@ class Writer:
         else:
             _answer(call.future, result)
 
-    async def _repeat(self, work: _Work) -> Any:
-        """Run `work` in one transaction, again while the trouble may pass.
+    async def _repeat(self, attempt: _Attempt) -> Any:
+        """Run its work in one transaction, again while the trouble may pass.
 
         Raises:
             LedgerUnavailable: it did not pass.
         """
         pause = _FIRST_PAUSE_SECONDS
-        attempt = _Attempt(work)
         for left in reversed(range(REPEATS + 1)):
             try:
                 if self._conn is None:
@@ -220,16 +222,16 @@ class Writer:
 
 
 class _Attempt:
-    """One transaction, told whether an earlier one may have been committed after all."""
+    """One transaction, told whether an earlier one may have been committed after all (`is_repeated`)."""
 
-    def __init__(self, work: _Work) -> None:
+    def __init__(self, work: _Work, is_repeated: bool = False) -> None:
         self._work = work
-        self._unknown = False
+        self.is_repeated = is_repeated
 
     def __call__(self, conn: Connection) -> Any:
         with conn.begin() as transaction:
-            result = self._work(conn, self._unknown)
-            self._unknown = True
+            result = self._work(conn, self.is_repeated)
+            self.is_repeated = True
             transaction.commit()
             return result
 

@@ -15,8 +15,11 @@ from typing import Any
 
 import pytest
 from sqlalchemy import make_url
+from sqlalchemy.engine import RootTransaction
+from sqlalchemy.exc import OperationalError
 
 from prefect_webapi.contract.keys import JobKey
+from prefect_webapi.ledger import batch
 from prefect_webapi.ledger.records import JobState, Move, MoveResult, QuotaRow
 from prefect_webapi.ledger.sql import SqlStore
 from prefect_webapi.testing import EmbeddedJobServer
@@ -160,6 +163,33 @@ async def test_a_commit_with_unknown_end_is_done_exactly_once(
         assert (rows[taken.key].fence, rows[taken.key].runtime) == (2, "runtime-2")
         assert (rows[moving.key].state, rows[moving.key].handle) == (JobState.CREATED, '"h"')
         assert rows[lost.key].state is JobState.CREATED
+
+
+async def test_a_batch_that_is_halved_after_a_commit_with_unknown_end_is_done_once(
+    store: SqlStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its commit took effect, and what follows is refused as a whole: each half finds its own work done."""
+    drawn = [(await store.intent(draft_for(name))).record for name in ("one", "two")]
+    commit, run, runs = RootTransaction.commit, batch.run, list[int]()
+
+    def commit_and_break(transaction: RootTransaction) -> None:
+        commit(transaction)
+        if len(runs) == 1:
+            lost = ConnectionError("the connection was lost")
+            raise OperationalError("COMMIT", None, lost, connection_invalidated=True)
+
+    def run_once(*arguments: Any, **options: Any) -> None:
+        runs.append(len(arguments[3]))
+        if len(runs) == 2:
+            raise ValueError("one of these operations can't be written")
+        run(*arguments, **options)
+
+    monkeypatch.setattr(RootTransaction, "commit", commit_and_break)
+    monkeypatch.setattr(batch, "run", run_once)
+    moves = [Move(old=record, state=JobState.CREATED, at=now()) for record in drawn]
+    results = await asyncio.gather(*map(store.move, moves))
+    assert runs == [2, 2, 1, 1]
+    assert results == [MoveResult.OK] * 2
 
 
 async def test_a_move_that_another_process_overtook_meanwhile_is_lost(postgres_url: str) -> None:
