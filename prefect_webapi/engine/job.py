@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
@@ -71,8 +72,17 @@ class Ending:
         return PhaseInfo.aborted(told)
 
 
-_ANSWERING = threading.Lock()
+_answering = threading.Lock()
 """Held for the moment in which a call gets its answer or another listener, by all calls alike."""
+
+
+def _forget() -> None:
+    """A fork may have come at that moment, and who held it is not in the child."""
+    global _answering
+    _answering = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forget)
 
 
 class Call:
@@ -104,7 +114,7 @@ class Call:
 
     def when_over(self, tell: Callable[[], None]) -> None:
         """Call `tell` when the end is there: at once, or in the engine's thread. It must raise nothing."""
-        with _ANSWERING:
+        with _answering:
             if self._end is None:
                 self._listeners = (*self._listeners, tell)
                 return
@@ -118,7 +128,7 @@ class Call:
         return self._end
 
     def _tell(self, end: Outcome | Exception) -> None:
-        with _ANSWERING:
+        with _answering:
             if self._end is not None:
                 return
             self._end, self.job = end, None

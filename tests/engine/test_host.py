@@ -289,6 +289,22 @@ def test_a_ledger_that_can_not_be_had_is_named_and_nothing_is_started(
         assert outcome.info.phase is Phase.SUCCESS
 
 
+def test_a_fork_while_a_call_is_answered_keeps_no_lock() -> None:
+    """Who held it goes on in the parent only."""
+    script = """
+import os, signal
+from prefect_webapi.engine import job
+job._answering.acquire()
+child = os.fork()
+if child == 0:
+    signal.alarm(10)
+    job.Call(None).when_over(lambda: None)
+    os._exit(0)
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    assert subprocess.run([sys.executable, "-c", script], timeout=60, check=False).returncode == 0
+
+
 def test_a_forked_process_gets_an_engine_of_its_own(
     job_server: EmbeddedJobServer, tmp_path: Path
 ) -> None:
