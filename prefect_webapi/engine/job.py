@@ -276,10 +276,10 @@ class Job:
             self.is_swept, self.orphaned, self.closes = False, None, True
             self.request = call.request
             seen, self._view = self._view, None
-            if (
-                seen is not None
-            ):  # it may have ended already, with a result that is about to be kept
+            if seen is not None:
+                # It may have ended already, with a result that is about to be kept.
                 self.view.output_writer.put(seen.output_writer.value)
+                self.view.secret_manager.given.extend(seen.given)
 
     @property
     def is_awaited(self) -> bool:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from pydantic import ConfigDict
@@ -14,6 +15,7 @@ from prefect_webapi import (
     JobSpec,
     Phase,
     PluginEntry,
+    RemoteUserError,
     StatusContext,
     TaskExecutionContextReader,
     path,
@@ -25,9 +27,10 @@ from prefect_webapi.engine.reaper import sweep
 from prefect_webapi.engine.runtime import Runtime
 from prefect_webapi.ledger.records import JobState, Record
 from prefect_webapi.testing import EmbeddedJobServer
+from prefect_webapi.testing.engine import engine as given_secrets
 from prefect_webapi_jobserver import JobServer, JobServerPlugin, Report, ReportJob
 from prefect_webapi_jobserver.models import JobHandle, JobView
-from tests.support.engine import Told, at, request, run
+from tests.support.engine import Told, at, block, request, run
 from tests.support.waiting import eventually
 from tests.support.witness import records
 
@@ -62,13 +65,15 @@ class LooseJob(JobSpec[Any]):
     model_config = ConfigDict(extra="allow")
 
 
-def queries(spec: type[JobSpec[Any]] = Query) -> PluginEntry[JobServer]:
+def queries(
+    spec: type[JobSpec[Any]] = Query, plugin: type[QueryPlugin] = QueryPlugin
+) -> PluginEntry[JobServer]:
     return PluginEntry(
         id="queries",
         supported_task_types=["queries"],
         connection=JobServer,
         spec=spec,
-        plugin_loader=lambda setup: QueryPlugin(setup.connection),
+        plugin_loader=lambda setup: plugin(setup.connection),
     )
 
 
@@ -85,19 +90,24 @@ async def left_over(
     return record
 
 
+def come(runtime: Runtime, record: Record) -> Call:
+    """A call comes to a swept job, at this very moment."""
+    call = Call(request(Query(sql="x"), task_type="queries"))
+    runtime._attach(call, runtime._jobs[record.key])  # pyright: ignore[reportPrivateUsage]
+    return call
+
+
 async def adopted(host: Host, record: Record, *, come_at: str = "") -> list[Call]:
-    """Have the sweeper look after a job that nobody wants; `come_at`: a call comes at this place."""
+    """Have the sweeper look after a job that nobody wants; `come_at`: where a call comes to it."""
     calls: list[Call] = []
 
     async def adopt(runtime: Runtime) -> None:
-        def come(place: str) -> None:
+        def reach(place: str) -> None:
             if place == come_at:
                 arm(None)
-                job = runtime._jobs[record.key]  # pyright: ignore[reportPrivateUsage] - at this very moment
-                calls.append(Call(request(Query(sql="x"), task_type="queries")))
-                runtime._attach(calls[0], job)  # pyright: ignore[reportPrivateUsage]
+                calls.append(come(runtime, record))
 
-        arm(come)
+        arm(reach)
         loaded = await runtime.services.plugins.get("queries", None, "default")
         await runtime.adopt(record, loaded)
 
@@ -165,3 +175,34 @@ async def test_a_call_that_comes_while_a_swept_result_is_kept_gets_what_its_spec
             arm(None)
     assert isinstance(calls[0].result().value, Report)
     assert calls[0].result().value.data == 7
+
+
+class EchoPlugin(QueryPlugin):
+    """The service echoes a secret that it was sent, after a call has come for the job."""
+
+    before: ClassVar[Callable[[], None]]
+
+    async def outputs(self, ctx: StatusContext[JobHandle, JobView]) -> Any:
+        secret = await ctx.secret_manager.get("DB_PASSWORD")
+        EchoPlugin.before()
+        raise RemoteUserError(f"no result for {secret}")
+
+
+async def test_a_call_that_comes_to_a_swept_job_hears_no_secret_that_the_sweeper_looked_up(
+    job_server: EmbeddedJobServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DB_PASSWORD", "canary-of-the-sweeper")
+    entry = queries(plugin=EchoPlugin)
+    record = await left_over(tmp_path, job_server, Query(seconds=0.5, sql="x"), entry)
+    blocks = {"default": block(job_server, QUOTA)}
+    calls: list[Call] = []
+    with given_secrets(tmp_path, [entry], blocks, sweeps=False) as host:
+
+        async def adopt(runtime: Runtime) -> None:
+            EchoPlugin.before = lambda: calls.append(come(runtime, record))
+            loaded = await runtime.services.plugins.get("queries", None, "default")
+            await runtime.adopt(record, loaded)
+
+        await asyncio.wrap_future(host.perform(adopt))
+        await eventually(lambda: calls and not calls[0].is_waiting, within=20)
+    assert calls[0].result().info.reason == "no result for ***"
