@@ -47,6 +47,7 @@ class Story:
             self.steps[-1] = replace(last, reason=reason)
         else:
             self.steps.append(Step(name=name, at=at, reason=reason))
+            del self.steps[: -MOST_STEPS - 1]  # one more than is shown tells that there were more
         return True
 
 

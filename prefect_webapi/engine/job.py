@@ -48,6 +48,8 @@ __all__ = [
 
 LEDGER_PATIENCE = timedelta(minutes=2)
 """How long a write that must not be lost is repeated while the ledger can't be reached."""
+KEPT_STEPS = 25
+"""So many of a job's first steps are kept, and so many of its last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,9 +318,16 @@ class Job:
         self.last = _without_time(info)
 
     def note(self, name: str, at: datetime, reason: str = "") -> None:
-        """Add to the history that people see; a phase that repeats is not a new step."""
-        if not self.steps or self.steps[-1].name != name:
-            self.steps = (*self.steps, Step(name=name, at=at, reason=reason))
+        """Add to the history that people see; a phase that repeats is not a new step.
+
+        A service may go to and fro between two phases for days: of a long history the middle is left out.
+        """
+        if self.steps and self.steps[-1].name == name:
+            return
+        steps = (*self.steps, Step(name=name, at=at, reason=reason))
+        if len(steps) > 2 * KEPT_STEPS:
+            steps = (*steps[:KEPT_STEPS], *steps[-KEPT_STEPS:])
+        self.steps = steps
 
     async def unless_ending(
         self, wait: Callable[[], Awaitable[Any]], *, sends: bool = False

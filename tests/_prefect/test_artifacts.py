@@ -17,6 +17,7 @@ from prefect_webapi._prefect.artifacts import BURST, CARDS, Artifacts, Card, Pro
 from prefect_webapi._prefect.cards import Story, card
 from prefect_webapi.cli.views import job_data
 from prefect_webapi.contract.phase import PhaseInfo, TaskInfo, TaskLog
+from prefect_webapi.engine.job import Job
 from prefect_webapi_aws import Athena
 from prefect_webapi_aws.athena import AthenaPlugin
 from prefect_webapi_aws.athena_models import Query, QueryHandle
@@ -72,6 +73,21 @@ def test_what_only_a_plugin_can_read_of_a_handle_is_shown_to_nobody() -> None:
     shown = job_data(record)["handle"]
     assert shown["task_type"] == "spark"
     assert shown["opaque_meta"] == "***"
+
+
+def test_a_job_that_goes_to_and_fro_has_a_bounded_history() -> None:
+    """Its card shows the end of it, its record the beginning too."""
+    seen, job = story(), object.__new__(Job)
+    job.steps = ()
+    for n in range(1000):
+        name = ("QUEUED", "WAITING_FOR_RESOURCES")[n % 2]
+        seen.note(name, NOW + timedelta(seconds=n), "")
+        job.note(name, NOW + timedelta(seconds=n))
+    assert len(seen.steps) < 50
+    rows = card(seen)[2].splitlines()
+    assert sum(row.startswith("| …") for row in rows) == 1
+    assert sum("12:16:" in row for row in rows) > 20
+    assert [(step.at - NOW).seconds for step in job.steps] == [*range(25), *range(975, 1000)]
 
 
 def test_a_failure_says_its_code_and_whose_fault_it_is() -> None:
