@@ -11,7 +11,7 @@ from sqlalchemy import Executable, Row, select, text
 from sqlalchemy.exc import SQLAlchemyError
 
 from prefect_webapi.clock import Clock
-from prefect_webapi.contract.errors import NoLedger
+from prefect_webapi.contract.errors import LedgerUnavailable, NoLedger
 from prefect_webapi.contract.keys import JobKey
 from prefect_webapi.ledger import schema
 from prefect_webapi.ledger.backend import Backend, Trouble
@@ -97,7 +97,10 @@ class SqlReader:
             batch = self._batch = _Batch()
             batch.rows = self._own(self._read_batch(batch))
         batch.keys.add(key)
-        row = (await asyncio.shield(batch.rows)).get(key)
+        try:
+            row = (await asyncio.shield(batch.rows)).get(key)
+        except LedgerUnavailable as error:  # one for each: who raises it changes it
+            raise LedgerUnavailable(*error.args) from error.__cause__
         return None if row is None else self._reader.read(row)
 
     async def _read_batch(self, batch: _Batch) -> Mapping[JobKey, Row[Any]]:

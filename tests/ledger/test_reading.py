@@ -23,6 +23,7 @@ from prefect_webapi.contract.errors import (
     LedgerUnavailable,
     NoLedger,
 )
+from prefect_webapi.contract.keys import JobKey
 from prefect_webapi.ledger import schema
 from prefect_webapi.ledger.backend import Backend
 from prefect_webapi.ledger.reader import SqlReader
@@ -187,3 +188,14 @@ async def test_a_read_that_nobody_waits_for_any_more_leaves_no_connection_open(
         await asyncio.wait([reading])
     await sqlite_store.aclose()
     gc.collect()
+
+
+async def test_each_of_many_that_read_at_once_gets_an_error_of_its_own(ledger_url: str) -> None:
+    """They are one read; a raised error collects what its raiser's frames hold."""
+    async with another_store(ledger_url) as store:
+        await raw(ledger_url, "DROP TABLE webapi_job")
+        reads = [store.get(JobKey(str(n))) for n in range(3)]
+        errors = await asyncio.gather(*reads, return_exceptions=True)
+    assert [type(error) for error in errors] == [LedgerUnavailable] * 3
+    assert len({id(error) for error in errors}) == 3
+    assert len({str(error) for error in errors}) == 1
