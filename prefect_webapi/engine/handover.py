@@ -61,7 +61,13 @@ class Others:
                 rows = {row.id: row for row in await self._services.store.runtimes()}
                 now = self._services.clock.now()
                 lives = is_alive(rows.get(record.runtime), me=self._me, now=now)
-                self._seen[record.runtime] = time.monotonic(), lives
+                seen_at = time.monotonic()
+                self._seen = {
+                    runtime: seen
+                    for runtime, seen in self._seen.items()
+                    if seen_at - seen[0] < SEEN_SECONDS
+                }
+                self._seen[record.runtime] = seen_at, lives
             return lives
 
     async def follow(

@@ -7,12 +7,18 @@ import subprocess
 import sys
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
+from typing import Any, cast
 
 import psutil
 import pytest
 
+from prefect_webapi.clock import Clock
+from prefect_webapi.engine.handover import Others
 from prefect_webapi.engine.liveness import Pulse, born_at, is_alive, this_process
 from prefect_webapi.ledger.records import RuntimeRow
+from prefect_webapi.ledger.sql import SqlStore
+from tests.support.ledger import draft_for
 from tests.support.waiting import eventually_blocking
 
 NOW = datetime.now(UTC)
@@ -73,3 +79,15 @@ def test_a_killed_process_is_dead_before_anybody_has_buried_it() -> None:
     assert psutil.Process(process.pid).status() == psutil.STATUS_ZOMBIE
     process.wait()
     assert not is_alive(row, me=ME, now=NOW)
+
+
+async def test_what_was_seen_of_processes_long_gone_is_forgotten(
+    monkeypatch: pytest.MonkeyPatch, store: SqlStore
+) -> None:
+    """A process that lives long meets the jobs of ever more others."""
+    monkeypatch.setattr("prefect_webapi.engine.handover.SEEN_SECONDS", 0.0)
+    others = Others(cast(Any, SimpleNamespace(store=store, clock=Clock())), ME)
+    record = (await store.intent(draft_for())).record
+    for n in range(20):
+        assert not await others.drive(replace(record, runtime=f"gone-{n}"))
+    assert len(others._seen) == 1  # pyright: ignore[reportPrivateUsage]
