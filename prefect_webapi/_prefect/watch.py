@@ -42,6 +42,8 @@ LOOK_SECONDS = 0.2
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 MOST_RUNS = 200
 """Flow runs asked about in one request: the API's own limit for a page."""
+KEPT_REASONS = 1_000
+"""A task reads the reason as it ends; in a task worker there come ever more flow runs."""
 
 Handler = Callable[[int, FrameType | None], Any]
 
@@ -231,14 +233,17 @@ class Watch:
             each.tell(reason)
 
     def _cancel_run(self, watched: Iterable[_Watched], run: str, reason: str) -> None:
-        self._reasons[run] = (
-            reason  # before any of them ends: one end makes asyncio cancel the others
-        )
+        # Before any of them ends: one end makes asyncio cancel the others.
+        self._reasons[run] = reason
+        if len(self._reasons) > KEPT_REASONS:
+            del self._reasons[next(iter(self._reasons))]
         self._cancel([each for each in watched if run in each.flow_runs], reason)
 
     async def _ask(self, watched: list[_Watched], api: Api, deleted_after: float) -> None:
         """Ask Prefect whether somebody cancelled, paused or deleted a flow run that we have jobs for."""
         ids = sorted({run for each in watched for run in each.flow_runs})
+        for run_id in self._missing.keys() - set(ids):  # none of our jobs is its any more
+            del self._missing[run_id]
         try:
             for start in range(0, len(ids), MOST_RUNS):
                 reading = partial(

@@ -229,6 +229,25 @@ async def test_jobs_of_a_flow_run_that_was_deleted_end_although_its_process_live
     assert watch.reason_told_to(uuid4()) is None
 
 
+async def test_flow_runs_that_are_over_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A task worker's process sees ever more of them. The newest reasons are kept: tasks ask for them as they end."""
+    monkeypatch.setattr("prefect_webapi._prefect.watch.KEPT_REASONS", 3)
+    watch, runs = Watch(), [uuid4() for _ in range(6)]
+    runner = asyncio.ensure_future(watch.run(_no_api(), 0.01, 0.05))
+    try:
+        for run in runs:
+            call = Call()
+            forget = watch.add(call, [str(run)], uuid4())  # pyright: ignore[reportArgumentType] # a stand-in
+            await eventually(lambda told=call.told: told, within=5)
+            forget()
+    finally:
+        runner.cancel()
+        await asyncio.gather(runner, return_exceptions=True)
+    told = [run for run in runs if watch.reason_told_to(run) is not None]
+    assert told == runs[-3:]
+    assert set(watch._missing) == {str(runs[-1])}  # pyright: ignore[reportPrivateUsage]
+
+
 def _unheard(number: int, frame: FrameType | None) -> None:
     pass
 
