@@ -180,11 +180,12 @@ async def test_a_call_that_comes_while_a_swept_result_is_kept_gets_what_its_spec
 class EchoPlugin(QueryPlugin):
     """The service echoes a secret that it was sent, after a call has come for the job."""
 
-    before: ClassVar[Callable[[], None]]
+    before: ClassVar[list[Callable[[], None]]] = []
 
     async def outputs(self, ctx: StatusContext[JobHandle, JobView]) -> Any:
         secret = await ctx.secret_manager.get("DB_PASSWORD")
-        EchoPlugin.before()
+        for come_first in EchoPlugin.before:
+            come_first()
         raise RemoteUserError(f"no result for {secret}")
 
 
@@ -199,7 +200,7 @@ async def test_a_call_that_comes_to_a_swept_job_hears_no_secret_that_the_sweeper
     with given_secrets(tmp_path, [entry], blocks, sweeps=False) as host:
 
         async def adopt(runtime: Runtime) -> None:
-            EchoPlugin.before = lambda: calls.append(come(runtime, record))
+            EchoPlugin.before[:] = [lambda: calls.append(come(runtime, record))]
             loaded = await runtime.services.plugins.get("queries", None, "default")
             await runtime.adopt(record, loaded)
 
