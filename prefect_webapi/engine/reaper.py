@@ -9,11 +9,13 @@ Source: SPEC 3.1 (who is alive, what is an orphan), 3.4 (column "abandoned").
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from enum import StrEnum
+from typing import TypeVar
 
 import anyio
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -37,6 +39,8 @@ from prefect_webapi.registry import Loaded
 __all__ = ["Action", "SweepReport", "Swept", "cancel", "resolve", "sweep"]
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 INLINE = "inline"
 OPEN = tuple(state for state in JobState if state is not JobState.CLOSED)
@@ -267,15 +271,17 @@ class _Pass:
             if only is None or record.key in only
         ]
         rows = {row.id: row for row in await store.runtimes()}  # after them: it names each owner
-        free_records = [record for record in found if not self._is_driven(record, rows, now)]
+        me = self._runtime.me
+        living = {id: is_alive(row, me=me, now=now) for id, row in rows.items()}
+        free_records = [record for record in found if not self._is_driven(record, living, now)]
         if any(record.runtime == self._runtime.me.id for record in free_records):
             self._runtime.has_let_go = True
         cases = await self._cases(free_records, rows)
-        plans = [
-            (case, decision)
-            for case in cases
-            if (decision := _decide(case, self._settings(case.loaded), now, stay)) is not None
-        ]
+        plans: list[tuple[_Case, _Decision]] = []
+        async for case in _by_turns(cases):
+            decision = _decide(case, self._settings(case.loaded), now, stay)
+            if decision is not None:
+                plans.append((case, decision))
         plans = await self._name_the_superseded(plans)
         report = SweepReport(
             dry_run=dry_run,
@@ -310,9 +316,9 @@ class _Pass:
         self._count(report)
         return report.model_copy(update={"troubles": tuple(self._troubles)})
 
-    def _is_driven(self, record: Record, rows: Mapping[str, RuntimeRow], now: datetime) -> bool:
+    def _is_driven(self, record: Record, living: Mapping[str, bool], now: datetime) -> bool:
         if record.runtime != self._runtime.me.id:
-            return is_alive(rows.get(record.runtime), me=self._runtime.me, now=now)
+            return living.get(record.runtime, False)
         if record.state.is_over or self._runtime.drives(record.key):
             return True
         return record.handle is None and now - record.updated_at < COMING  # a call is about to
@@ -329,7 +335,7 @@ class _Pass:
             fates = await self._services.runs.fates(flows, tasks)
         unknown = Fate(RunState.RUNNING)
         cases: list[_Case] = []
-        for record in records:
+        async for record in _by_turns(records):
             is_ours = record.runtime == self._runtime.me.id
             owner = None if is_ours else rows.get(record.runtime)
             silent = max(record.updated_at, owner.last_beat) if owner else record.updated_at
@@ -471,6 +477,14 @@ class _Pass:
         for job in report.jobs:
             if job.action is Action.END:
                 self._services.metrics.count("orphans_total", plugin=job.plugin)
+
+
+async def _by_turns(things: Sequence[T]) -> AsyncIterator[T]:
+    """Each of many, with turns of the loop for others in between."""
+    for nth, thing in enumerate(things, start=1):
+        yield thing
+        if nth % AT_ONCE == 0:
+            await asyncio.sleep(0)
 
 
 def _decide(case: _Case, settings: EngineSettings, now: datetime, stay: bool) -> _Decision | None:
