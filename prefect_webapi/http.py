@@ -225,7 +225,8 @@ class RemoteClient:
         )
         self._transport = transport
         self._cookies = CookieJar()
-        self._clients = _Clients(self._make, None if transport else max_connections)
+        most = None if transport else max_connections
+        self._clients = _Clients(self._make, most, min(longest, POOL_SECONDS))
         self._is_closed = False
 
     def __repr__(self) -> str:
@@ -424,10 +425,14 @@ class _Clients:
 
     Args:
         most: so many at once; None: one for all, whose transport sees to its connections.
+        patience: seconds to wait for one.
     """
 
-    def __init__(self, make: Callable[[], httpx.AsyncClient], most: int | None) -> None:
+    def __init__(
+        self, make: Callable[[], httpx.AsyncClient], most: int | None, patience: float
+    ) -> None:
         self._make = make
+        self._patience = patience
         self._places = None if most is None else asyncio.Semaphore(most)
         self._all: set[httpx.AsyncClient] = set()
         self._idle: deque[tuple[httpx.AsyncClient, float]] = deque()
@@ -445,11 +450,17 @@ class _Clients:
             self._all.discard(client)
             await client.aclose()
         try:
-            async with asyncio.timeout(POOL_SECONDS if self._places.locked() else None):
+            async with asyncio.timeout(self._patience if self._places.locked() else None):
                 await self._places.acquire()
         except TimeoutError:
-            raise httpx.PoolTimeout(f"no connection was free for {POOL_SECONDS:g} s") from None
-        return self._idle.pop()[0] if self._idle else self._new()
+            raise httpx.PoolTimeout(f"no connection was free for {self._patience:g} s") from None
+        if self._idle:
+            return self._idle.pop()[0]
+        try:
+            return self._new()
+        except BaseException:
+            self._places.release()
+            raise
 
     def give(self, client: httpx.AsyncClient) -> None:
         if self._places is not None:
