@@ -100,7 +100,7 @@ class Channel:
     _pace: tuple[float, float] | None = None
 
     def note_read(self, observation: Observation) -> None:
-        """Count how late a read was, and how long after the one before it, or after create had told how the job stands."""
+        """Count how late a read was, and how long after the one before it; what create told counts as one."""
         self.lag(observation.late)
         if observation.watched.gap > 0:
             self.interval(observation.since)
