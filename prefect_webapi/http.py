@@ -421,7 +421,7 @@ class _Clients:
     """httpx clients with a connection each; the one that was used last is taken first.
 
     A pool of httpx looks through all of its connections, and asks the idle ones whether they still are, at each
-    request and at each answer: what is found here costs more than the rest of a request (`benchmarks.transport`).
+    request and at each answer: the more it has, the more CPU a request takes (`benchmarks.transport`).
 
     Args:
         most: so many at once; None: one for all, whose transport sees to its connections.

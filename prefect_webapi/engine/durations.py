@@ -45,7 +45,7 @@ class Durations:
     """Seconds from create to end, by plugin and task.
 
     Args:
-        known: those of earlier processes.
+        known: samples of earlier processes.
     """
 
     def __init__(self, known: Mapping[tuple[str, str], Sequence[float]]) -> None:

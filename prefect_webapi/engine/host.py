@@ -15,11 +15,11 @@ from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Protocol, TypeVar
 
-from prefect_webapi.contract.errors import EngineClosed, WebApiError
+from prefect_webapi.contract.errors import WebApiError
 from prefect_webapi.engine.job import Call
 from prefect_webapi.engine.reaper import sweep
 from prefect_webapi.engine.request import JobRequest, Outcome
-from prefect_webapi.engine.runtime import Runtime
+from prefect_webapi.engine.runtime import Runtime, too_late
 from prefect_webapi.engine.watchdog import watching
 
 __all__ = ["Host", "HostApi", "Ticket", "Waiting"]
@@ -159,7 +159,7 @@ class Host:
         self.start()
         call = Call(request)
         if not self.post(lambda runtime: runtime.admit(call)):
-            call.fail(_closed())
+            call.fail(too_late())
         return _Ticket(self, call)
 
     def cancel_flow_run(self, flow_run: str, reason: str) -> None:
@@ -170,7 +170,7 @@ class Host:
         self.start()
         done: concurrent.futures.Future[T] = concurrent.futures.Future()
         if not self.post(lambda runtime: runtime.perform(work, done)):
-            done.set_exception(_closed())
+            done.set_exception(too_late())
         return done
 
     def post(self, action: Callable[[Runtime], None]) -> bool:
@@ -204,7 +204,7 @@ class Host:
         """Start the thread, unless it runs. Raises as `admit`."""
         with self._lock:
             if self._closed:
-                raise _closed()
+                raise too_late()
             if self._thread is None or not self._thread.is_alive():
                 self._ready, self._failure = threading.Event(), None
                 self._thread = threading.Thread(
@@ -246,10 +246,6 @@ class Host:
 
         with ExitStack() as stack:
             await runtime.run(begin)
-
-
-def _closed() -> EngineClosed:
-    return EngineClosed("the process is ending: nothing new is started")
 
 
 async def _sweep_now_and_then(runtime: Runtime) -> None:

@@ -9,13 +9,11 @@ Source: SPEC 3.1 (who is alive, what is an orphan), 3.4 (column "abandoned").
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from enum import StrEnum
-from typing import TypeVar
 
 import anyio
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -31,6 +29,7 @@ from prefect_webapi.engine.handover import free, release, settle, spec_of, take_
 from prefect_webapi.engine.job import Ending, Job
 from prefect_webapi.engine.liveness import is_alive
 from prefect_webapi.engine.machine import Event, next_state
+from prefect_webapi.engine.portions import in_portions
 from prefect_webapi.engine.request import Fate, RunState, outermost_run
 from prefect_webapi.engine.runtime import Runtime
 from prefect_webapi.ledger.records import JobState, Move, MoveResult, Record, RuntimeRow
@@ -39,8 +38,6 @@ from prefect_webapi.registry import Loaded
 __all__ = ["Action", "SweepReport", "Swept", "cancel", "resolve", "sweep"]
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 INLINE = "inline"
 OPEN = tuple(state for state in JobState if state is not JobState.CLOSED)
@@ -272,13 +269,13 @@ class _Pass:
         ]
         rows = {row.id: row for row in await store.runtimes()}  # after them: it names each owner
         me = self._runtime.me
-        living = {id: is_alive(row, me=me, now=now) for id, row in rows.items()}
+        living = {row.id: is_alive(row, me=me, now=now) for row in rows.values()}
         free_records = [record for record in found if not self._is_driven(record, living, now)]
         if any(record.runtime == self._runtime.me.id for record in free_records):
             self._runtime.has_let_go = True
         cases = await self._cases(free_records, rows)
         plans: list[tuple[_Case, _Decision]] = []
-        async for case in _by_turns(cases):
+        async for case in in_portions(cases, AT_ONCE):
             decision = _decide(case, self._settings(case.loaded), now, stay)
             if decision is not None:
                 plans.append((case, decision))
@@ -335,7 +332,7 @@ class _Pass:
             fates = await self._services.runs.fates(flows, tasks)
         unknown = Fate(RunState.RUNNING)
         cases: list[_Case] = []
-        async for record in _by_turns(records):
+        async for record in in_portions(records, AT_ONCE):
             is_ours = record.runtime == self._runtime.me.id
             owner = None if is_ours else rows.get(record.runtime)
             silent = max(record.updated_at, owner.last_beat) if owner else record.updated_at
@@ -477,14 +474,6 @@ class _Pass:
         for job in report.jobs:
             if job.action is Action.END:
                 self._services.metrics.count("orphans_total", plugin=job.plugin)
-
-
-async def _by_turns(things: Sequence[T]) -> AsyncIterator[T]:
-    """Each of many, with turns of the loop for others in between."""
-    for nth, thing in enumerate(things, start=1):
-        yield thing
-        if nth % AT_ONCE == 0:
-            await asyncio.sleep(0)
 
 
 def _decide(case: _Case, settings: EngineSettings, now: datetime, stay: bool) -> _Decision | None:

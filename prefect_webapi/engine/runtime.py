@@ -14,7 +14,6 @@ from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
-from itertools import count
 from typing import Any, TypeVar
 
 import anyio
@@ -55,6 +54,7 @@ from prefect_webapi.engine.lobby import Lobby
 from prefect_webapi.engine.machine import Event
 from prefect_webapi.engine.observe import Observer
 from prefect_webapi.engine.outputs import Collected, collect
+from prefect_webapi.engine.portions import in_portions
 from prefect_webapi.engine.request import Outcome, outermost_run
 from prefect_webapi.engine.services import Services
 from prefect_webapi.engine.submit import (
@@ -75,7 +75,7 @@ from prefect_webapi.ledger.records import (
 from prefect_webapi.poller import Observation
 from prefect_webapi.registry import Loaded
 
-__all__ = ["Runtime"]
+__all__ = ["Runtime", "too_late"]
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ READ_AT_ONCE = 200
 COUNTED_AT_ONCE = 5_000
 """Jobs that are looked at before others get their turn of the loop."""
 COMING_IN = 200
-"""Calls of a connection whose records are looked for at one time: enough for a full batch of the ledger's writer."""
+"""Calls of a connection whose records are looked for at one time: the loop is not held up by them for long."""
 SYNC_GRACE_SECONDS = 0.5
 
 
@@ -155,7 +155,7 @@ class Runtime:
                 self._closing = True
                 await self._close()
                 self._tasks.cancel_scope.cancel()
-            await self._remember()
+            await self._keep_durations()
             await services.store.farewell(self._me.id)
         finally:
             self._closing = True
@@ -202,12 +202,10 @@ class Runtime:
         while True:
             await self._mail.wait()
             self._mail.clear()
-            for nth in count(1):
-                if not self._inbox:
-                    break
-                self._inbox.popleft()()
-                if nth % READ_AT_ONCE == 0:
-                    await asyncio.sleep(0)
+            while self._inbox:
+                for _ in range(min(READ_AT_ONCE, len(self._inbox))):
+                    self._inbox.popleft()()
+                await asyncio.sleep(0)
 
     async def _close(self) -> None:
         """What must not stop half-way gets a moment; everything else stays as the ledger has it."""
@@ -240,7 +238,7 @@ class Runtime:
     def admit(self, call: Call) -> None:
         """Take a call. Whatever goes wrong is told through its future."""
         if self._closing or self._stop.is_set():
-            call.fail(EngineClosed("the process is ending: nothing new is started"))
+            call.fail(too_late())
             return
         self._entering.add(call)
         place = _lobby_of(call)
@@ -352,7 +350,7 @@ class Runtime:
     ) -> None:
         """Do some work on this loop; its result goes to `done`, which is bound to no loop."""
         if self._is_over:
-            done.set_exception(EngineClosed("the process is ending: nothing new is started"))
+            done.set_exception(too_late())
             return
         self._performing.add(done)
         self._tasks.start_soon(self._perform, work, done)
@@ -929,7 +927,8 @@ class Runtime:
                     beat = replace(self._me, last_beat=clock.now())
                     await self._services.store.beat(beat)
                     pulse.last = beat.last_beat
-                    await self._remember()
+                    await self._keep_durations()
+                    await self._tell_paces()
                 for record in await self._services.store.cancels_asked(self._me.id):
                     job = self._jobs.get(record.key)
                     if job is not None and record.cancel_reason:
@@ -938,14 +937,15 @@ class Runtime:
                 logger.warning("the ledger does not answer: %s", error)
             await self._gauge()
 
-    async def _remember(self) -> None:
-        """Write down what is worth knowing elsewhere and would be no loss."""
-        store = self._services.store
+    async def _keep_durations(self) -> None:
         if durations := self._durations.news():
-            await store.set_durations(durations, self._services.clock.now())
+            await self._services.store.set_durations(durations, self._services.clock.now())
+
+    async def _tell_paces(self) -> None:
+        """Say how often jobs are read here, for who asks the ledger."""
         paces = [pace for channel in self._channels if (pace := channel.pace()) is not None]
         if paces or self._has_told_paces:
-            await store.set_paces(self._me.id, paces)
+            await self._services.store.set_paces(self._me.id, paces)
         self._has_told_paces = bool(paces)
 
     async def _look_at_blocks(self) -> None:
@@ -962,14 +962,17 @@ class Runtime:
     async def _gauge(self) -> None:
         """Say how many jobs this process looks after, and how many of them must still be deleted."""
         tracked, ending = Counter[str](), Counter[str]()
-        for nth, job in enumerate(list(self._jobs.values()), start=1):
+        async for job in in_portions(list(self._jobs.values()), COUNTED_AT_ONCE):
             tracked[job.record.plugin] += 1
             ending[job.record.plugin] += job.ending is not None
-            if nth % COUNTED_AT_ONCE == 0:
-                await asyncio.sleep(0)
         for plugin in {channel.loaded.entry.id for channel in self._channels}:
             self._services.metrics.set("tracked_jobs", tracked[plugin], plugin=plugin)
             self._services.metrics.set("pending_cancels", ending[plugin], plugin=plugin)
+
+
+def too_late() -> EngineClosed:
+    """What is told to who comes too late."""
+    return EngineClosed("the process is ending: nothing new is started")
 
 
 def _with_links(final: PhaseInfo, *seen: PhaseInfo | None) -> PhaseInfo:

@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from prefect_webapi.contract.errors import ConfigurationError, LedgerUnavailable
 
-__all__ = ["Backend", "Trouble"]
+__all__ = ["Backend", "Trouble", "copied"]
 
 BUSY_SECONDS = 5.0  # how long SQLite itself waits for a lock
 CONNECT_SECONDS = 10.0
@@ -163,6 +163,13 @@ class Backend:
             if pattern in words:
                 return remedy
         return "Check the file and the disk it is on."
+
+
+def copied(exc: LedgerUnavailable) -> LedgerUnavailable:
+    """One for each waiter: a raised exception collects its raiser's traceback."""
+    error = LedgerUnavailable(*exc.args)
+    error.__cause__ = exc.__cause__
+    return error
 
 
 _SQLITE_REMEDIES = (

@@ -14,7 +14,7 @@ from prefect_webapi.clock import Clock
 from prefect_webapi.contract.errors import LedgerUnavailable, NoLedger
 from prefect_webapi.contract.keys import JobKey
 from prefect_webapi.ledger import schema
-from prefect_webapi.ledger.backend import Backend, Trouble
+from prefect_webapi.ledger.backend import Backend, Trouble, copied
 from prefect_webapi.ledger.records import JobState, Pace, QuotaRow, Record, RuntimeRow
 from prefect_webapi.ledger.rows import RecordReader, from_micros
 
@@ -99,8 +99,8 @@ class SqlReader:
         batch.keys.add(key)
         try:
             row = (await asyncio.shield(batch.rows)).get(key)
-        except LedgerUnavailable as error:  # one for each: who raises it changes it
-            raise LedgerUnavailable(*error.args) from error.__cause__
+        except LedgerUnavailable as error:
+            raise copied(error) from error.__cause__
         return None if row is None else self._reader.read(row)
 
     async def _read_batch(self, batch: _Batch) -> Mapping[JobKey, Row[Any]]:
@@ -137,9 +137,8 @@ class SqlReader:
         else:
             query = query.order_by(job.created_at, job.key)
         rows, records = await self._fetch(query.limit(limit)), list[Record]()
-        for start in range(
-            0, len(rows), _READ_AT_ONCE
-        ):  # a hundred thousand would hold the loop up
+        # In portions: a hundred thousand would hold the loop up.
+        for start in range(0, len(rows), _READ_AT_ONCE):
             records += self._reader.read_all(rows[start : start + _READ_AT_ONCE])
             await asyncio.sleep(0)
         return records

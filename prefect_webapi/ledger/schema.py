@@ -180,13 +180,13 @@ runtime = Table(
     Column("last_beat", BigInteger, nullable=False),
 )
 
-# How long the latest jobs of a task took.
+# How long some of the latest jobs of a task took.
 duration = Table(
     "webapi_duration",
     metadata,
     Column("plugin", Text, primary_key=True),
     Column("task", Text, primary_key=True),
-    Column("seconds", Text, nullable=False),  # JSON: numbers, oldest first
+    Column("seconds", Text, nullable=False),  # JSON: numbers
     Column("updated_at", BigInteger, nullable=False),
 )
 

@@ -150,7 +150,7 @@ class Store(Reader, Protocol):
         ...
 
     async def durations(self) -> Mapping[tuple[str, str], Sequence[float]]:
-        """Seconds that the latest jobs took, by plugin and task, oldest first."""
+        """Seconds that some of the latest jobs took, by plugin and task."""
         ...
 
     async def set_durations(

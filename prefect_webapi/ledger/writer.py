@@ -21,7 +21,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from prefect_webapi.clock import Clock
 from prefect_webapi.contract.errors import LedgerError, LedgerUnavailable
 from prefect_webapi.ledger import batch
-from prefect_webapi.ledger.backend import Backend, Trouble
+from prefect_webapi.ledger.backend import Backend, Trouble, copied
 from prefect_webapi.ledger.records import Draft, Drawn, Move, MoveResult
 from prefect_webapi.ledger.rows import RecordReader
 from prefect_webapi.ledger.statements import Statements
@@ -165,7 +165,7 @@ class Writer:
             await self._repeat(attempt)
         except LedgerUnavailable as exc:
             for operation in operations:
-                _fail(operation.future, _copy(exc))
+                _fail(operation.future, copied(exc))
         except Exception as exc:  # noqa: BLE001  one operation must not end the writer of all
             if len(operations) == 1:
                 _fail(operations[0].future, _refused(exc))
@@ -241,13 +241,6 @@ def _refused(exc: Exception) -> LedgerError:
         return exc
     error = LedgerError(f"the ledger refused this write: {type(exc).__name__}: {exc}")
     error.__cause__ = exc
-    return error
-
-
-def _copy(exc: LedgerUnavailable) -> LedgerUnavailable:
-    """One for each waiter: a raised exception collects its raiser's traceback."""
-    error = LedgerUnavailable(*exc.args)
-    error.__cause__ = exc.__cause__
     return error
 
 
