@@ -15,7 +15,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import random
 import uuid
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -28,6 +27,7 @@ from typing import Protocol, Self
 import anyio
 import anyio.abc
 
+from prefect_webapi.chance import chance
 from prefect_webapi.clock import Clock
 from prefect_webapi.contract.errors import WebApiError
 from prefect_webapi.metrics import Metrics
@@ -694,7 +694,7 @@ class Leases:
                     except SlotsUnavailable as error:
                         self.note_trouble(error)
                         self._metrics.count("slot_releases_total", plugin=plugin, outcome="failed")
-                        await self._clock.sleep(pause * random.uniform(0.5, 1.0))
+                        await self._clock.sleep(pause * chance.uniform(0.5, 1.0))
                         pause = min(pause * 2, 10.0)
                     else:
                         self._metrics.count("slot_releases_total", plugin=plugin, outcome="ok")
@@ -767,7 +767,7 @@ class Leases:
             if loan.has_ended:
                 return
             pool, now = loan.pool, self._clock.monotonic()
-            loan.due = now + self._real(ASK_SECONDS * random.uniform(1.0, 2.0))
+            loan.due = now + self._real(ASK_SECONDS * chance.uniform(1.0, 2.0))
             try:
                 if loan.lease is not None and await self._confirm(loan, loan.lease):
                     self._mind(pool)

@@ -7,13 +7,13 @@ receiver says whether the job is read again. A poller serves one plugin instance
 from __future__ import annotations
 
 import heapq
-import random
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import anyio
 
+from prefect_webapi.chance import chance
 from prefect_webapi.clock import Clock
 
 __all__ = ["Observation", "Poller", "Reading", "ReadingPolicy", "Watched", "next_delay"]
@@ -255,7 +255,7 @@ class Poller:
         delay = next_delay(
             self.policy, age=age, failures=watched.failures, expected=watched.expected
         )
-        return delay * random.uniform(1 - JITTER, 1)
+        return delay * chance.uniform(1 - JITTER, 1)
 
     def _push(self, watched: Watched, delay: float) -> None:
         now = self._clock.monotonic()

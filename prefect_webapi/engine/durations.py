@@ -6,8 +6,9 @@ what a process that is killed has not kept is learned again.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping, Sequence
+
+from prefect_webapi.chance import chance
 
 __all__ = ["Durations"]
 
@@ -30,7 +31,7 @@ class _Sample:
         self._told = min(self._told + 1, MOST)
         if len(self.seconds) < SAMPLE:
             self.seconds.append(seconds)
-        elif (place := random.randrange(self._told)) < SAMPLE:
+        elif (place := chance.randrange(self._told)) < SAMPLE:
             self.seconds[place] = seconds
         self._expected = None
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import random
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal
 
+from prefect_webapi.chance import chance
 from prefect_webapi.contract.errors import (
     AlreadyExists,
     AuthError,
@@ -65,4 +65,4 @@ def failure_of(error: RemoteError) -> PhaseInfo:
 def back_off(tries: int, base: timedelta, cap: timedelta) -> float:
     """Seconds until the next try: exponential with full jitter."""
     ceiling = min(cap.total_seconds(), base.total_seconds() * 2 ** min(tries - 1, 30))
-    return random.uniform(0.1, 1.0) * ceiling
+    return chance.uniform(0.1, 1.0) * ceiling
