@@ -23,9 +23,10 @@ from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from http import HTTPStatus
-from http.cookiejar import CookieJar
+from importlib import metadata
 from typing import Any, Literal, TypeVar, cast
 from urllib.parse import quote, urlencode, urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import httpx
 from pydantic import SecretStr
@@ -76,6 +77,11 @@ POOL_SECONDS = 20.0
 KEEPALIVE_SECONDS = 4.0
 """Below the 5 s after which many servers close: a request on a connection just closed has an unknown outcome."""
 
+_ALWAYS_SENT = {
+    "Accept": "*/*",
+    "Accept-Encoding": "gzip, deflate",
+    "User-Agent": f"prefect-webapi/{metadata.version('prefect-webapi')}",
+}
 _NOTHING_SENT = (
     httpx.ConnectError,
     httpx.ConnectTimeout,
@@ -191,7 +197,8 @@ class RemoteClient:
         transport: for tests.
 
     Raises:
-        ConfigurationError: the address can't be used, a header can't be sent, or credentials would travel in the clear.
+        ConfigurationError: the address, or the environment's proxy for it, can't be used, a header can't be sent, or
+            credentials would travel in the clear.
     """
 
     def __init__(
@@ -220,13 +227,15 @@ class RemoteClient:
         self._judge = judge or error_of_status
         self._max_answer_bytes = max_answer_bytes
         longest = request_timeout.total_seconds()
-        self._timeout = httpx.Timeout(
+        timeout = httpx.Timeout(
             longest, connect=min(longest, CONNECT_SECONDS), pool=min(longest, POOL_SECONDS)
         )
+        self._extensions = {"timeout": timeout.as_dict()}
         self._transport = transport
-        self._cookies = CookieJar()
+        self._proxy = None if transport else _proxy_to(base_url)
+        self._cookies = httpx.Cookies()
         most = None if transport else max_connections
-        self._clients = _Clients(self._make, most, min(longest, POOL_SECONDS))
+        self._transports = _Transports(self._make, most, min(longest, POOL_SECONDS))
         self._is_closed = False
 
     def __repr__(self) -> str:
@@ -323,22 +332,22 @@ class RemoteClient:
         mask = self._mask.with_more(
             _secrets_of({**(headers or {}), **_texts(params), **(form or {}), **fresh})
         )
-        sent = _merged(sent, _sendable(fresh))
+        sent = _merged(_ALWAYS_SENT, sent, _sendable(fresh))
         began, came = time.monotonic(), "no answer"
         try:
             with request_span(method, url.scheme, url.host) as span:
-                client = await self._taken()
-                try:
-                    async with client.stream(
-                        method, url, content=content or None, headers=sent
-                    ) as response:
-                        came = str(response.status_code)
-                        if span is not None:
-                            span.set_attribute("http.response.status_code", response.status_code)
-                        body = await self._body(response, mask)
-                finally:
-                    self._clients.give(client)
-                return Answer(response.status_code, dict(response.headers.items()), body, mask)
+                request = httpx.Request(
+                    method,
+                    url,
+                    headers=sent,
+                    content=content or None,
+                    extensions=self._extensions,
+                )
+                answer = await self._sent(request, mask)
+                came = str(answer.status)
+                if span is not None:
+                    span.set_attribute("http.response.status_code", answer.status)
+                return answer
         except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, OSError) as error:
             found = classify(error)
         finally:
@@ -352,7 +361,7 @@ class RemoteClient:
 
     async def aclose(self) -> None:
         self._is_closed = True
-        await self._clients.aclose()
+        await self._transports.aclose()
 
     async def _data(self, method: Method, path: str, **arguments: Any) -> Any:
         answer = await self.request(method, path, **arguments)
@@ -380,6 +389,24 @@ class RemoteClient:
             raise found from error
         return {name: SecretStr(_plain(value)) for name, value in given.items()}
 
+    async def _sent(self, request: httpx.Request, mask: Callable[[str], str]) -> Answer:
+        """Straight through a transport: what httpx's client would add takes as long as the request itself."""
+        if self._cookies:
+            self._cookies.set_cookie_header(request)
+        transport = await self._taken()
+        try:
+            response = await transport.handle_async_request(request)
+            try:
+                if "set-cookie" in response.headers:
+                    response.request = request
+                    self._cookies.extract_cookies(response)
+                body = await self._body(response, mask)
+            finally:
+                await response.aclose()
+        finally:
+            self._transports.give(transport)
+        return Answer(response.status_code, dict(response.headers.items()), body, mask)
+
     async def _body(self, response: httpx.Response, mask: Callable[[str], str]) -> bytes:
         is_error = response.status_code >= HTTPStatus.MULTIPLE_CHOICES
         limit = MAX_ERROR_BYTES if is_error else self._max_answer_bytes
@@ -396,48 +423,44 @@ class RemoteClient:
             )
         return bytes(body[:limit])
 
-    async def _taken(self) -> httpx.AsyncClient:
+    async def _taken(self) -> httpx.AsyncBaseTransport:
         if self._is_closed:
             raise RemoteSystemError("the client is closed", code="Closed", job_may_exist=False)
-        return await self._clients.take()
+        return await self._transports.take()
 
-    def _make(self) -> httpx.AsyncClient:
-        secure = self._base_url.startswith("https:")
-        return httpx.AsyncClient(
-            verify=_trusted() if secure else False,
-            timeout=self._timeout,
+    def _make(self) -> httpx.AsyncBaseTransport:
+        return self._transport or httpx.AsyncHTTPTransport(
+            verify=_trusted() if self._base_url.startswith("https:") else False,
             limits=httpx.Limits(
                 max_connections=1,
                 max_keepalive_connections=1,
                 keepalive_expiry=KEEPALIVE_SECONDS,
             ),
-            transport=self._transport,
-            cookies=self._cookies,
-            follow_redirects=False,
+            proxy=self._proxy,
         )
 
 
-class _Clients:
-    """httpx clients with a connection each; the one that was used last is taken first.
+class _Transports:
+    """httpx transports with a connection each; the one that was used last is taken first.
 
     A pool of httpx looks through all of its connections, and asks the idle ones whether they still are, at each
     request and at each answer: the more it has, the more CPU a request takes (`benchmarks.transport`).
 
     Args:
-        most: so many at once; None: one for all, whose transport sees to its connections.
+        most: so many at once; None: one for all, which sees to its connections itself.
         patience: seconds to wait for one.
     """
 
     def __init__(
-        self, make: Callable[[], httpx.AsyncClient], most: int | None, patience: float
+        self, make: Callable[[], httpx.AsyncBaseTransport], most: int | None, patience: float
     ) -> None:
         self._make = make
         self._patience = patience
         self._places = None if most is None else asyncio.Semaphore(most)
-        self._all: set[httpx.AsyncClient] = set()
-        self._idle: deque[tuple[httpx.AsyncClient, float]] = deque()
+        self._all: set[httpx.AsyncBaseTransport] = set()
+        self._idle: deque[tuple[httpx.AsyncBaseTransport, float]] = deque()
 
-    async def take(self) -> httpx.AsyncClient:
+    async def take(self) -> httpx.AsyncBaseTransport:
         """One for a request, to be given back.
 
         Raises:
@@ -446,9 +469,9 @@ class _Clients:
         if self._places is None:
             return next(iter(self._all), None) or self._new()
         while self._idle and time.monotonic() - self._idle[0][1] > KEEPALIVE_SECONDS:
-            client, _ = self._idle.popleft()
-            self._all.discard(client)
-            await client.aclose()
+            transport, _ = self._idle.popleft()
+            self._all.discard(transport)
+            await transport.aclose()
         try:
             async with asyncio.timeout(self._patience if self._places.locked() else None):
                 await self._places.acquire()
@@ -462,19 +485,39 @@ class _Clients:
             self._places.release()
             raise
 
-    def give(self, client: httpx.AsyncClient) -> None:
+    def give(self, transport: httpx.AsyncBaseTransport) -> None:
         if self._places is not None:
-            self._idle.append((client, time.monotonic()))
+            self._idle.append((transport, time.monotonic()))
             self._places.release()
 
-    def _new(self) -> httpx.AsyncClient:
-        client = self._make()
-        self._all.add(client)
-        return client
+    def _new(self) -> httpx.AsyncBaseTransport:
+        transport = self._make()
+        self._all.add(transport)
+        return transport
 
     async def aclose(self) -> None:
-        for client in list(self._all):
-            await client.aclose()
+        for transport in list(self._all):
+            await transport.aclose()
+
+
+def _proxy_to(url: str) -> httpx.Proxy | None:
+    """What the environment names as the proxy for this address (`HTTPS_PROXY` and so on, `NO_PROXY`).
+
+    Raises:
+        ConfigurationError: no proxy has such an address.
+    """
+    address = urlsplit(url)
+    if proxy_bypass(address.netloc):
+        return None
+    proxies = getproxies()
+    named = proxies.get(address.scheme) or proxies.get("all")
+    if not named:
+        return None
+    try:
+        return httpx.Proxy(named if "://" in named else f"http://{named}")
+    except (ValueError, httpx.InvalidURL):  # its text may hold the proxy's password
+        told = f"the proxy that the environment names for {address.scheme}:// addresses can't be used"
+    raise ConfigurationError(f"{told}. Write it like {address.scheme.upper()}_PROXY=http://proxy.example.com:3128")
 
 
 def error_of_status(

@@ -105,6 +105,66 @@ def test_a_segment_that_would_change_the_path_is_refused(segment: str) -> None:
         path("jobs", segment)
 
 
+async def test_cookies_of_the_service_are_sent_back() -> None:
+    """Balancers that keep a client at one server do it so."""
+    sent: list[str | None] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        sent.append(request.headers.get("cookie"))
+        return httpx.Response(200, json={}, headers={"set-cookie": "server=7; Path=/"})
+
+    client = RemoteClient("https://jobs.example.com", transport=httpx.MockTransport(answer))
+    await client.get("/a")
+    await client.get("/b")
+    assert sent == [None, "server=7"]
+
+
+@asynccontextmanager
+async def forwarding() -> AsyncGenerator[tuple[str, list[str]]]:
+    """A proxy that answers by itself: its address, and the first line of each request."""
+    asked: list[str] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.append((await reader.readuntil(b"\r\n\r\n")).decode().splitlines()[0])
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}")
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}", asked
+
+
+@pytest.mark.parametrize("scheme", ["", "http://"])
+async def test_the_environments_proxy_is_used(monkeypatch: pytest.MonkeyPatch, scheme: str) -> None:
+    async with forwarding() as (address, asked):
+        monkeypatch.setenv("http_proxy", scheme + address)
+        monkeypatch.setenv("no_proxy", "127.0.0.1,inside.example.com")
+        for host in ("jobs.example.com", "outside.example.com"):
+            client = RemoteClient(f"http://{host}")
+            await client.get("/jobs")
+            await client.aclose()
+            assert asked.pop() == f"GET http://{host}/jobs HTTP/1.1"
+
+
+async def test_no_proxy_is_used_where_the_environment_says_so(
+    monkeypatch: pytest.MonkeyPatch, job_server: EmbeddedJobServer
+) -> None:
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    client = RemoteClient(job_server.url, token=SecretStr(TOKEN))
+    await client.put("/jobs/x", json={"spec": {"seconds": 60}})
+    assert [job.name for job in job_server.jobs()] == ["x"]
+    await client.aclose()
+
+
+def test_a_proxy_that_can_not_work_is_refused_unseen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("https_proxy", "ftp://user:hunter2@proxy.example.com")
+    monkeypatch.delenv("no_proxy", raising=False)
+    with pytest.raises(ConfigurationError, match="HTTPS_PROXY=") as caught:
+        RemoteClient("https://jobs.example.com")
+    assert "hunter2" not in str(caught.value)
+
+
 async def test_whole_numbers_stay_exact(
     job_server: EmbeddedJobServer, client: RemoteClient
 ) -> None:
