@@ -516,8 +516,12 @@ def _proxy_to(url: str) -> httpx.Proxy | None:
     try:
         return httpx.Proxy(named if "://" in named else f"http://{named}")
     except (ValueError, httpx.InvalidURL):  # its text may hold the proxy's password
-        told = f"the proxy that the environment names for {address.scheme}:// addresses can't be used"
-    raise ConfigurationError(f"{told}. Write it like {address.scheme.upper()}_PROXY=http://proxy.example.com:3128")
+        told = (
+            f"the proxy that the environment names for {address.scheme}:// addresses can't be used"
+        )
+    raise ConfigurationError(
+        f"{told}. Write it like {address.scheme.upper()}_PROXY=http://proxy.example.com:3128"
+    )
 
 
 def error_of_status(

@@ -129,6 +129,10 @@ class _Lane:
                 f"{self.burst}. Raise it to {cost} or more."
             )
         began = self._clock.monotonic()
+        if turn is None and self._may_pass(began, cost):
+            _finish(self._bucket.acquire(cost))
+            self._waited(0.0)
+            return
         self._waiting += 1
         try:
             async with self._turn:
@@ -148,6 +152,15 @@ class _Lane:
         if not self._waiting and self._factor == 1.0 and self._bucket.has_capacity(1):
             return 0.0
         return (self._waiting + 1) / (self.qps * self._factor)
+
+    def _may_pass(self, now: float, cost: int) -> bool:
+        """Whether a call may leave at once: nobody waits, the gate is open and the rate is whole."""
+        return (
+            not self._waiting
+            and self._closed_until <= now
+            and self._factor == 1.0
+            and self._bucket.has_capacity(cost)
+        )
 
     async def _pay(self, cost: int) -> None:
         surcharge = 0.0
@@ -221,6 +234,7 @@ class Gate:
             "read": _Lane(key, "read", clock, metrics),
             "write": _Lane(key, "write", clock, metrics),
         }
+        self._heard: list[tuple[RateLimiterConfig, RateLimiterConfig]] = []
         self.configure(read, write)
 
     async def acquire(self, op: Op, *, cost: int = 1, turn: Turn | None = None) -> None:
@@ -264,11 +278,15 @@ class Gate:
 
     def configure(self, read: RateLimiterConfig, write: RateLimiterConfig) -> None:
         """Set rates and bursts. Those who wait keep their place and go on at the new rate."""
+        self._heard = [(read, write)]
         self._lanes["read"].set(read.qps, read.burst)
         self._lanes["write"].set(write.qps, write.burst)
 
     def lower(self, read: RateLimiterConfig, write: RateLimiterConfig) -> None:
         """Keep of each rate and burst the lower one: several plugins share this gate."""
+        if any(read is r and write is w for r, w in self._heard):  # as at each call
+            return
+        self._heard.append((read, write))
         wishes: dict[Op, RateLimiterConfig] = {"read": read, "write": write}
         for op, wish in wishes.items():
             lane = self._lanes[op]

@@ -6,6 +6,7 @@ receiver says whether the job is read again. A poller serves one plugin instance
 
 from __future__ import annotations
 
+import asyncio
 import heapq
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import anyio
 
 from prefect_webapi.chance import chance
 from prefect_webapi.clock import Clock
+from prefect_webapi.portions import in_portions
 
 __all__ = ["Observation", "Poller", "Reading", "ReadingPolicy", "Watched", "next_delay"]
 
@@ -25,6 +27,8 @@ EARLY_SHARE = 2.0
 """The same while the job is younger than those of its task ever were at their end."""
 BATCH_SLACK = 0.2
 """Share of a job's gap by which it may be read early to fill a batch."""
+GIVEN_AT_ONCE = 50
+"""Answers of one read that are delivered before others get their turn of the loop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,8 +152,10 @@ class Poller:
         self._clock = clock
         self._heap: list[tuple[float, int, Watched]] = []
         self._order = 0
-        self._news = anyio.Event()
+        self._news = asyncio.Event()
+        self._batches = asyncio.Queue[list[Watched]]()
         self._workers = 0
+        self._busy = 0
         self._watched = 0
 
     def __len__(self) -> int:
@@ -194,31 +200,36 @@ class Poller:
             self._watched -= 1
 
     async def run(self) -> None:
+        loop = asyncio.get_running_loop()
         async with anyio.create_task_group() as tasks:
             while True:
-                self._news = anyio.Event()
+                self._news.clear()
                 delay = self._until_due()
-                if delay is None:
+                if delay is not None and delay <= 0 and self._busy < self.policy.workers:
+                    if batch := self._take():
+                        self._busy += 1
+                        self._batches.put_nowait(batch)
+                        if self._busy > self._workers:
+                            self._workers += 1
+                            tasks.start_soon(self._work)
+                elif delay is not None and delay > 0:
+                    alarm = loop.call_later(self._clock.real(delay), self._news.set)
                     await self._news.wait()
-                elif delay > 0:
-                    with anyio.move_on_after(self._clock.real(delay)):
-                        await self._news.wait()
-                elif self._workers < self.policy.workers:
-                    batch = self._take()
-                    if batch:
-                        self._workers += 1
-                        tasks.start_soon(self._work, batch)
+                    alarm.cancel()
                 else:
-                    await self._news.wait()  # a worker that ends wakes us
+                    await self._news.wait()  # a worker that has nothing to do wakes us
 
-    async def _work(self, batch: list[Watched]) -> None:
-        """Read until nothing is due."""
-        try:
+    async def _work(self) -> None:
+        """Read batch after batch; as long as something is due, without asking."""
+        while True:
+            batch = await self._batches.get()
             while batch:
                 await self._read(batch)
+                await asyncio.sleep(
+                    0
+                )  # reads that wait for nothing must not keep the loop to themselves
                 batch = self._take()
-        finally:
-            self._workers -= 1
+            self._busy -= 1
             self._news.set()
 
     async def _read(self, batch: list[Watched]) -> None:
@@ -230,7 +241,8 @@ class Poller:
             answers = await self._reading.many([w.context for w in batch])
         except Exception as error:  # noqa: BLE001 - whatever a read raises is its answer
             answers = [error] * len(batch)
-        for watched, answer in zip(batch, answers, strict=True):
+        answered = list(zip(batch, answers, strict=True))
+        async for watched, answer in in_portions(answered, GIVEN_AT_ONCE):
             if answer is None:  # the service did not mention this job
                 await self._read_alone(watched)
             elif isinstance(answer, Exception):

@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 
 import anyio
 import anyio.abc
-from anyio.streams.memory import MemoryObjectReceiveStream
 from pydantic import ValidationError
 
 from prefect_webapi.contract.errors import (
@@ -54,7 +53,7 @@ from prefect_webapi.engine.lobby import Lobby
 from prefect_webapi.engine.machine import Event
 from prefect_webapi.engine.observe import Observer
 from prefect_webapi.engine.outputs import Collected, collect
-from prefect_webapi.engine.portions import in_portions
+from prefect_webapi.portions import in_portions
 from prefect_webapi.engine.request import Outcome, outermost_run
 from prefect_webapi.engine.services import Services
 from prefect_webapi.engine.submit import (
@@ -81,8 +80,6 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-OBSERVATIONS = 1_000
-"""Observations that may wait for the runtime; more of them make the pollers wait."""
 HOUSEKEEPING_SECONDS = 1.0
 WISH_SECONDS = 10.0
 """So often a wish to end a job is offered to a ledger that does not take it."""
@@ -140,14 +137,12 @@ class Runtime:
             await services.store.beat(self._me)
             services.pulse.last = self._me.last_beat
             self._durations = Durations(await services.store.durations())
-            sender, seen = anyio.create_memory_object_stream[Observation](OBSERVATIONS)
-            async with sender, seen, services.quotas, anyio.create_task_group() as self._tasks:
-                self._channels = Channels(services, self._calls, self._tasks, sender.send)
+            async with services.quotas, anyio.create_task_group() as self._tasks:
+                self._channels = Channels(services, self._calls, self._tasks, self._observe)
                 self._observer = Observer(
                     services, self._calls, self._channels, self._durations, self
                 )
                 self._tasks.start_soon(self._read_mail)
-                self._tasks.start_soon(self._observe, seen)
                 self._tasks.start_soon(self._keep_house)
                 self._tasks.start_soon(self._look_at_blocks)
                 ready()
@@ -691,11 +686,11 @@ class Runtime:
             written=partial(note_lease, self._services, job),
         )
 
-    async def _observe(self, seen: MemoryObjectReceiveStream[Observation]) -> None:
-        async for observation in seen:
-            job: Job = observation.watched.token
-            if job.watched is observation.watched and not job.record.state.is_over:
-                await self._guarded(job, partial(self._observer.take_in, job, observation))
+    async def _observe(self, observation: Observation) -> None:
+        """Do what follows from a read, in the task that made it."""
+        job: Job = observation.watched.token
+        if job.watched is observation.watched and not job.record.state.is_over:
+            await self._guarded(job, partial(self._observer.take_in, job, observation))
 
     # --- ending ------------------------------------------------------------------------------
 
