@@ -2,6 +2,7 @@
 
 Each case is a flow in a process of its own, on one Prefect server and one service, both processes of their own. A flow
 of one job comes before it and takes what a process pays once (imports, the engine's start); its CPU is shown apart.
+Before each case Prefect's server is given the time to store what it was told.
 
 - awaited: N async tasks in one `gather`. - mapped: N sync tasks by `.map`, which Prefect gives a thread each.
 - run_many: N jobs in one task run, against the awaited tasks' CPU per job.
@@ -38,7 +39,7 @@ from benchmarks.measure import (
 )
 from benchmarks.plot import Curves
 from benchmarks.remote import BLOCK, connection, remote_flow
-from benchmarks.servers import prefect_server
+from benchmarks.servers import prefect_server, settle
 from benchmarks.service import Service
 
 SECONDS = 5.0
@@ -215,11 +216,12 @@ def first_byte(tasks: int, url: str) -> Figures:
 def run(chosen: Chosen) -> Report:
     awaited = chosen.sizes or (QUICK_AWAITED if chosen.quick else AWAITED)
     mapped, runs = (QUICK_MAPPED, QUICK_MANY) if chosen.quick else (MAPPED, MANY)
-    with prefect_server(), Service() as service:
+    with prefect_server() as server, Service() as service:
         in_child(connection, service.url)
 
         def on(work: Callable[..., Figures], *arguments: Any) -> Callable[[], Figures]:
             def once() -> Figures:
+                settle(server)
                 service.reset()
                 return in_child(work, *arguments)
 

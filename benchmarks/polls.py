@@ -7,7 +7,7 @@ below what a block may say. Each case runs for some seconds in a process of its 
 - bare RemoteClient: the same through our client, which the plugin uses: the engine's share is what is beyond it.
 - fresh client per poll: as connectors do that make a client for each request.
 - whole stack: ledger, gate, poller, plugin, judge; jobs read alone, or fifty at a time, two such reads at once.
-- over aiohttp: the same over the transport of the extra `fast`.
+- over aiohttp: the same over the transport of httpx-aiohttp, which `benchmarks.transport` shows to be unsafe.
 
 Against `prefect-databricks` (its own flow that waits for a run, several of them gathered in one flow, its pause set to
 0) on the test suite's Databricks server. That package insists on TLS and on API 2.1; a transport under its client sends

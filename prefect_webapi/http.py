@@ -194,7 +194,8 @@ class RemoteClient:
         max_answer_bytes: larger answers are cut off and refused while they are read.
         judge: what an answer means, where the service's own words say more than the status; None: `error_of_status`.
         allow_insecure: permit `http://` with credentials to a host that is not this machine.
-        transport: for tests.
+        transport: for tests. Never one over aiohttp: that sends a PUT or DELETE again by itself, and tells a lost
+            connection as one that was never made (`benchmarks.transport`).
 
     Raises:
         ConfigurationError: the address, or the environment's proxy for it, can't be used, a header can't be sent, or
@@ -410,8 +411,10 @@ class RemoteClient:
     async def _body(self, response: httpx.Response, mask: Callable[[str], str]) -> bytes:
         is_error = response.status_code >= HTTPStatus.MULTIPLE_CHOICES
         limit = MAX_ERROR_BYTES if is_error else self._max_answer_bytes
+        assert isinstance(response.stream, httpx.AsyncByteStream)
+        is_plain = "content-encoding" not in response.headers
         body = bytearray()
-        async for part in response.aiter_bytes():
+        async for part in response.stream if is_plain else response.aiter_bytes():
             body += part
             if len(body) > limit:
                 break

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import heapq
 import logging
 import threading
 import time
@@ -80,7 +81,10 @@ class Display:
         self._size = self._tokens
         self._at = monotonic()
         self._lock = threading.Lock()
-        self._waiting: dict[TaskRunReporter, None] = {}
+        self._ready: dict[TaskRunReporter, None] = {}
+        self._later: list[tuple[float, int, TaskRunReporter]] = []
+        self._resting = set[TaskRunReporter]()
+        self._order = 0
         self.artifacts = Artifacts()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stirred: asyncio.Event | None = None
@@ -89,20 +93,28 @@ class Display:
         """`reporter` has something to show: it is sent now if the budget allows, else by `run`."""
         if not self._take():
             with self._lock:
-                self._waiting[reporter] = None
+                self._ready[reporter] = None
             self._stir()
             return
         reporter.send()
 
-    def later(self, reporter: TaskRunReporter) -> None:
+    def later(self, reporter: TaskRunReporter, seconds: float) -> None:
         """`reporter` has something to show that must wait for its own interval."""
         with self._lock:
-            self._waiting[reporter] = None
+            self._put_off(reporter, seconds)
         self._stir()
 
+    def _put_off(self, reporter: TaskRunReporter, seconds: float) -> None:
+        if reporter not in self._resting:
+            self._order += 1
+            self._resting.add(reporter)
+            heapq.heappush(self._later, (self._now() + seconds, self._order, reporter))
+
     def forget(self, reporter: TaskRunReporter) -> None:
+        """It shows nothing any more."""
         with self._lock:
-            self._waiting.pop(reporter, None)
+            self._ready.pop(reporter, None)
+            self._resting.discard(reporter)
 
     def spare(self) -> bool:
         """Whether the budget has room for one event more, which is spent then."""
@@ -151,17 +163,24 @@ class Display:
         """Send what may be sent; seconds until more may be sent, None when nothing waits."""
         while True:
             with self._lock:
-                due = [(reporter.due_in(), reporter) for reporter in self._waiting]
-            if not due:
-                return None
-            ready = next((reporter for seconds, reporter in due if seconds <= 0), None)
-            if ready is None:
-                return max(0.02, min(seconds for seconds, _ in due))
-            if not self._take():
+                now = self._now()
+                while self._later and self._later[0][0] <= now:
+                    _, _, rested = heapq.heappop(self._later)
+                    if rested in self._resting:
+                        self._resting.remove(rested)
+                        self._ready[rested] = None
+                first = next(iter(self._ready), None)
+                if first is None:
+                    return max(0.02, self._later[0][0] - now) if self._later else None
+            due = first.due_in()
+            if due == 0 and not self._take():
                 return max(0.02, 1 / self._rate)
             with self._lock:
-                self._waiting.pop(ready, None)
-            ready.send()
+                self._ready.pop(first, None)
+                if due:
+                    self._put_off(first, due)
+            if due == 0:
+                first.send()
 
 
 class TaskRunReporter:
@@ -241,10 +260,10 @@ class TaskRunReporter:
             self._left = max(0, self._left - 1)
         self._progress.over(key, failed=failed)
 
-    def due_in(self) -> float:
-        """Seconds until what waits may be sent."""
+    def due_in(self) -> float | None:
+        """Seconds until what waits may be sent; None: nothing does, or not any more."""
         with self._lock:
-            return self._due_in()
+            return None if self._next is None else self._due_in()
 
     def send(self) -> None:
         """Send what waits now."""
@@ -344,11 +363,11 @@ class TaskRunReporter:
                 return
             is_new_name = newest is None or shown.name != newest.name
             self._next = shown
-            waits = self._due_in() > 0
+            seconds = self._due_in()
         if is_new_name and record is not None:
             self._say(shown, record)
-        if waits:
-            self._display.later(self)
+        if seconds > 0:
+            self._display.later(self, seconds)
         else:
             self._display.want(self)
 
@@ -356,7 +375,7 @@ class TaskRunReporter:
         shown, after = self._shown, self._next
         if self._sent_at is None or shown is None or after is None or shown.name != after.name:
             return 0.0
-        return self._sent_at + PROGRESS_SECONDS - time.monotonic()
+        return max(0.0, self._sent_at + PROGRESS_SECONDS - time.monotonic())
 
     def _say(self, shown: Shown, record: Record) -> None:
         told = f": {shown.message}" if shown.message else ""

@@ -29,10 +29,10 @@ from prefect_webapi.engine.handover import free, release, settle, spec_of, take_
 from prefect_webapi.engine.job import Ending, Job
 from prefect_webapi.engine.liveness import is_alive
 from prefect_webapi.engine.machine import Event, next_state
-from prefect_webapi.portions import in_portions
 from prefect_webapi.engine.request import Fate, RunState, outermost_run
 from prefect_webapi.engine.runtime import Runtime
 from prefect_webapi.ledger.records import JobState, Move, MoveResult, Record, RuntimeRow
+from prefect_webapi.portions import in_portions
 from prefect_webapi.registry import Loaded
 
 __all__ = ["Action", "SweepReport", "Swept", "cancel", "resolve", "sweep"]

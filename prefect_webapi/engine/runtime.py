@@ -53,7 +53,6 @@ from prefect_webapi.engine.lobby import Lobby
 from prefect_webapi.engine.machine import Event
 from prefect_webapi.engine.observe import Observer
 from prefect_webapi.engine.outputs import Collected, collect
-from prefect_webapi.portions import in_portions
 from prefect_webapi.engine.request import Outcome, outermost_run
 from prefect_webapi.engine.services import Services
 from prefect_webapi.engine.submit import (
@@ -72,6 +71,7 @@ from prefect_webapi.ledger.records import (
     RuntimeRow,
 )
 from prefect_webapi.poller import Observation
+from prefect_webapi.portions import in_portions
 from prefect_webapi.registry import Loaded
 
 __all__ = ["Runtime", "too_late"]

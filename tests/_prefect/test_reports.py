@@ -238,19 +238,43 @@ def test_a_reporter_that_waits_twice_is_sent_once() -> None:
 
 
 def test_one_that_is_not_due_holds_nobody_up() -> None:
-    display = Display(10)
+    now = 0.0
+    display = Display(10, monotonic=lambda: now)
     early: Any = Shows(due=5.0)
     ready: Any = Shows()
-    display.later(early)
-    display.later(ready)
+    display.later(early, 5.0)
+    display.later(ready, 0.0)
     assert display.tick() == 5.0
     assert (early.sent, ready.sent) == (0, 1)
+    now, early.due = 5.0, 0.0
+    assert display.tick() is None
+    assert early.sent == 1
+
+
+def test_thousands_that_wait_are_not_looked_through_for_each_that_is_sent() -> None:
+    now, looks = 0.0, 0
+
+    class Counted(Shows):
+        def due_in(self) -> float:
+            nonlocal looks
+            looks += 1
+            return super().due_in()
+
+    display = Display(1, monotonic=lambda: now)
+    reporters: list[Any] = [Counted() for _ in range(2_000)]
+    for reporter in reporters:
+        display.want(reporter)
+    for second in range(1, 101):
+        now = float(second)
+        display.tick()
+    assert sum(each.sent for each in reporters) == 101
+    assert looks <= 300
 
 
 def test_a_forgotten_reporter_is_not_sent() -> None:
     display = Display(10)
     gone: Any = Shows()
-    display.later(gone)
+    display.later(gone, 0.0)
     display.forget(gone)
     assert display.tick() is None
     assert gone.sent == 0
