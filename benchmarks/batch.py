@@ -19,7 +19,7 @@ from pathlib import Path
 
 from pydantic import HttpUrl, SecretStr
 
-from benchmarks.inmemory import Silent, unlimited
+from benchmarks.inmemory import Silent, tracked, unlimited
 from benchmarks.measure import (
     CPU,
     WALL,
@@ -84,7 +84,7 @@ def watched(url: str, jobs: int, at_once: int) -> Figures:
             for n in range(jobs)
         ]
         end = time.monotonic() + READY_SECONDS
-        while service.stats()["read"] < jobs:
+        while tracked(host) < jobs:
             assert time.monotonic() < end, service.stats()
             time.sleep(0.1)
         before = service.stats()

@@ -1,5 +1,7 @@
 """A service in this process's memory: no socket, no waiting. What is left is the engine's own cost."""
 
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 import asyncio
@@ -25,7 +27,17 @@ from prefect_webapi.engine.host import Host
 from prefect_webapi.engine.runtime import Runtime
 from prefect_webapi.ledger.records import Record
 
-__all__ = ["ENTRY", "Connection", "Handle", "LoopProbe", "Memory", "Number", "Silent", "unlimited"]
+__all__ = [
+    "ENTRY",
+    "Connection",
+    "Handle",
+    "LoopProbe",
+    "Memory",
+    "Number",
+    "Silent",
+    "tracked",
+    "unlimited",
+]
 
 
 def unlimited(**caching: Any) -> PluginConfig:
@@ -95,6 +107,15 @@ class Silent:
 
     def cancelling(self, record: Record, reason: str) -> None:
         return
+
+
+def tracked(host: Host) -> int:
+    """How many jobs it has read."""
+
+    async def count(runtime: Runtime) -> int:
+        return sum(len(channel.poller) for channel in runtime._channels)
+
+    return host.perform(count).result(60)
 
 
 class LoopProbe:

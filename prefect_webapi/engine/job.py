@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from functools import lru_cache
@@ -168,6 +169,7 @@ class Job:
     __slots__ = (
         "_services",
         "_view",
+        "_writers",
         "_writing",
         "calls",
         "closes",
@@ -204,6 +206,7 @@ class Job:
         self._services = services
         self._view: TaskView | None = None
         self._writing: asyncio.Lock | None = None
+        self._writers = 0
         self.record = record
         self.request = request
         self.loaded = loaded
@@ -257,12 +260,18 @@ class Job:
     def given(self) -> Sequence[SecretStr]:
         return self._view.given if self._view is not None else ()
 
-    @property
-    def writing(self) -> asyncio.Lock:
+    @asynccontextmanager
+    async def writing(self) -> AsyncGenerator[None]:
         """A delete and an end may come at once: the second one's write builds on the first one's."""
-        if self._writing is None:
-            self._writing = asyncio.Lock()
-        return self._writing
+        lock = self._writing = self._writing or asyncio.Lock()
+        self._writers += 1
+        try:
+            async with lock:
+                yield
+        finally:
+            self._writers -= 1
+            if not self._writers:  # most jobs rest most of the time
+                self._writing = None
 
     def rest(self) -> None:
         """Drop what can be made again: of many thousand jobs most only wait for their next read."""
@@ -406,7 +415,7 @@ def slot_of(lease: Lease) -> SlotLease:
 
 async def note_lease(services: Services, job: Job, slot: SlotLease) -> bool:
     """Write down that the job has this lease now; False: the ledger may still name another one."""
-    async with job.writing:
+    async with job.writing():
         old, now = job.record, services.clock.now()
         if old.state.is_over:
             return True
@@ -437,7 +446,7 @@ async def persist(services: Services, job: Job, event: Event, **details: Any) ->
 
 async def try_persist(services: Services, job: Job, event: Event, **details: Any) -> bool:
     """As `persist`; False: the quota's admission count is full and nothing was changed."""
-    async with job.writing:
+    async with job.writing():
         return await _persist(services, job, event, details)
 
 

@@ -875,7 +875,7 @@ class Runtime:
             else:  # lent meanwhile, and nobody would find it
                 self._services.quotas.release(job.record.quotas, slot, weight=job.record.weight)
         with suppress(LedgerError):  # then it counts as ours for as long as this process lives
-            async with job.writing:
+            async with job.writing():
                 await release(self._services, job.record)
 
     def _deliver(self, job: Job, info: PhaseInfo, value: Any = None) -> None:
