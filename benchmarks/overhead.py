@@ -38,7 +38,7 @@ from benchmarks.measure import (
     using,
 )
 from benchmarks.plot import Curves
-from benchmarks.remote import BLOCK, connection, remote_flow
+from benchmarks.remote import BLOCK, connection, create_of, remote_flow
 from benchmarks.servers import prefect_server, settle
 from benchmarks.service import Service
 
@@ -141,14 +141,15 @@ def requests(creates: int, reads: int, url: str) -> Figures:
 
             async def loop() -> None:
                 for n in numbers:
+                    path, body = sent[n % creates]
                     if n < creates:
-                        body = {"spec": {"seconds": SECONDS}, "labels": {"job": str(n)}}
-                        (await client.put(f"/jobs/job-{n}", json=body)).json()
+                        (await client.put(path, json=body)).json()
                     else:
-                        (await client.get(f"/jobs/job-{n % creates}")).json()
+                        (await client.get(path)).json()
 
             await asyncio.gather(*(loop() for _ in range(AT_ONCE)))
 
+    sent = [create_of(n, SECONDS) for n in range(creates)]
     numbers, figures = iter(range(creates + reads)), Figures()
     with using(figures):
         asyncio.run(all_of_them())

@@ -3,7 +3,8 @@
 Ten reads at once in all cases (the default of `caching.workers`), limits off, no pauses: the gaps of the policy are set
 below what a block may say. Each case runs for some seconds in a process of its own against one service process.
 
-- bare httpx: one client, kept; the answer is parsed and validated as the plugin does it.
+- bare httpx: one client, kept; the jobs are made as the plugin makes them, and their answers parsed and validated as
+  it does.
 - bare RemoteClient: the same through our client, which the plugin uses: the engine's share is what is beyond it.
 - fresh client per poll: as connectors do that make a client for each request.
 - whole stack: ledger, gate, poller, plugin, judge; jobs read alone, or fifty at a time, two such reads at once.
@@ -50,6 +51,7 @@ from benchmarks.measure import (
     main,
     using,
 )
+from benchmarks.remote import create_of
 from benchmarks.servers import databricks_server, prefect_server
 from benchmarks.service import Service
 from prefect_webapi import JobSpec, PluginEntry, RemoteClient
@@ -97,10 +99,12 @@ def bare(url: str, seconds: float, kind: str) -> Figures:
 
         get = {"fresh": fresh, "remote": remote.get}.get(kind, kept)
         async with client:
-            names = [f"job-{n}" for n in range(JOBS)]
-            for name in names:
-                await client.put(f"/jobs/{name}", json={"spec": {"seconds": 1e6}})
-            figures = await _polled(get, [f"/jobs/{name}" for name in names], seconds)
+            paths = list[str]()
+            for n in range(JOBS):
+                path, body = create_of(n, 1e6)
+                await client.put(path, json=body)
+                paths.append(path)
+            figures = await _polled(get, paths, seconds)
             await remote.aclose()
         return figures
 

@@ -1,4 +1,4 @@
-"""Our side of the benchmarks that go through Prefect: a saved connection, and flows of remote jobs.
+"""Our side of the benchmarks: a saved connection, flows of remote jobs, and what a create of theirs sends.
 
 Used in child processes only, whose environment names a Prefect server.
 """
@@ -8,10 +8,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from benchmarks.measure import Figures
 
-__all__ = ["BLOCK", "connection", "remote_flow"]
+__all__ = ["BLOCK", "connection", "create_of", "remote_flow"]
 
 BLOCK = "bench"
 
@@ -26,6 +27,21 @@ def connection(url: str) -> Figures:
     block = JobServer(base_url=HttpUrl(url), token=SecretStr(BLOCK), engine=unlimited())
     block.save(BLOCK, overwrite=True)
     return {}
+
+
+def create_of(number: int, seconds: float) -> tuple[str, dict[str, Any]]:
+    """Path and body of a create as our plugin sends it: who is compared with us sends and gets no less."""
+    from uuid import uuid4
+
+    from prefect_webapi.contract.keys import base_of, fingerprint_of, job_key
+    from prefect_webapi_jobserver import ReportJob
+
+    spec = ReportJob(day=number, seconds=seconds)
+    fingerprint = fingerprint_of("report", BLOCK, spec)
+    key = job_key(base_of("bare", "bench.bare", fingerprint), 0, 1)
+    labels = {"job_key": key, "flow_run_id": str(uuid4()), "task_run_id": str(uuid4())}
+    spec_as_sent = spec.model_dump(mode="json")
+    return f"/jobs/{key}", {"spec": spec_as_sent, "fingerprint": fingerprint, "labels": labels}
 
 
 async def remote_flow(seconds: Sequence[float]) -> dict[str, float]:

@@ -15,22 +15,40 @@ import psutil
 
 from tests.support.prefect import PrefectServer, free_port
 
-__all__ = ["databricks_server", "prefect_server", "settle"]
+__all__ = ["databricks_server", "prefect_server", "settle", "shared_server"]
 
 IDLE_SHARE, SETTLE_SECONDS = 0.1, 300.0
+SHARED = "BENCHMARKS_PREFECT_SERVER"
 
 
 @contextmanager
 def prefect_server() -> Generator[PrefectServer]:
-    """A server that the processes started inside the block use."""
+    """A server that the processes started inside the block use, with a home of their own; the shared one, if any."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        server = PrefectServer(home=Path(folder), port=free_port())
-        server.start()
+        shared = os.environ.get(SHARED)
+        port, group = map(int, shared.split(":")) if shared else (free_port(), None)
+        server = PrefectServer(home=Path(folder), port=port, group=group)
+        if shared:
+            settle(server)
+        else:
+            server.start()
         os.environ |= server.environment(PREFECT_LOGGING_LEVEL="ERROR")
         try:
             yield server
         finally:
-            server.stop()
+            if not shared:
+                server.stop()
+
+
+@contextmanager
+def shared_server() -> Generator[None]:
+    """One server for all benchmarks that are started inside the block: each start takes half a minute."""
+    with prefect_server() as server:
+        os.environ[SHARED] = f"{server.port}:{server.group}"
+        try:
+            yield
+        finally:
+            del os.environ[SHARED]
 
 
 def settle(server: PrefectServer) -> None:
