@@ -2,8 +2,8 @@
 
 The exit code is 0 only if every target was measured and reached.
 
-Run: `uv run python -m benchmarks.all [--quick] [--json] [--repetitions N] [--folder FOLDER]` (`--quick`: nine minutes
-on two cores; `--folder` keeps what each printed as `NAME.json`)
+Run: `uv run python -m benchmarks.all [--quick] [--json] [--repetitions N] [--folder FOLDER]` (`--quick`: some
+minutes; `--folder` keeps what each printed as `NAME.json`)
 """
 
 from __future__ import annotations

@@ -28,8 +28,9 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-STEP_SECONDS = 0.2
-"""A blocking wait is cut into steps of this length, so that signals get through."""
+STEP_SECONDS, STEP_SECONDS_OF_MANY = 0.2, 1.0
+"""A blocking wait is cut into steps, so that signals get through; in threads beside the main one, of which a flow may
+have hundreds, what Prefect raises there when a task's time is over."""
 SWEEP_SECONDS = 30.0
 START_SECONDS = 60.0
 STOP_SECONDS = 30.0
@@ -113,7 +114,8 @@ class _Ticket:
     def outcome_blocking(self) -> Outcome:
         over = threading.Event()
         self._call.when_over(over.set)
-        while not over.wait(STEP_SECONDS):
+        is_main = threading.current_thread() is threading.main_thread()
+        while not over.wait(STEP_SECONDS if is_main else STEP_SECONDS_OF_MANY):
             pass
         return self._call.result()
 

@@ -270,6 +270,7 @@ async def test_waiters_of_one_process_are_served_in_order_and_the_count_ends_at_
         order.append(number)
         live += 1
         highest = max(highest, live)
+        await eventually(lambda: highest >= 3, within=20)
         await asyncio.sleep(0.05)
         live -= 1
         quotas.release([name], lease, weight=1)
