@@ -156,7 +156,7 @@ def run(chosen: Chosen) -> Report:
                 CYCLE,
                 "live jobs",
                 CYCLE,
-                {f"{k} at a time": [(n, of[n, k][CYCLE].median) for n in sizes] for k in (1, 50)},
+                {f"{k} at a time": [(n, of[n, k][CYCLE].median) for n in sizes] for k in at_a_time},
             )
         ],
     )

@@ -217,7 +217,8 @@ def main(run: Callable[[Chosen], Report], doc: str | None) -> None:
     if asked.plot:
         asked.plot.write_text(draw(report.plots))
     if asked.json:
-        print(json.dumps(_data(report, machine) | {"quick": asked.quick}, default=_value))
+        said = " ".join(each for each in sys.argv[1:] if each != "--json")
+        print(json.dumps(_data(report, machine) | {"asked": said}, default=_value))
     else:
         show(report, machine, Console(width=None if sys.stdout.isatty() else 140))
     sys.exit(any(target.passed is False for target in report.targets))

@@ -34,8 +34,8 @@ def _section(folder: Path, name: str) -> Iterator[str]:
         return
     machine = report["machine"]
     yield f"## {name}"
-    quick = " --quick" if report["quick"] else f" --repetitions {machine['repetitions']}"
-    yield f"{report['question']} Printed by `uv run python -m benchmarks.{name}{quick}`."
+    asked = f"benchmarks.{name} {report['asked']}".rstrip()
+    yield f"{report['question']} Printed by `uv run python -m {asked}`."
     yield f"*{', '.join(f'{key} {value}' for key, value in machine.items())}.*"
     for table in report["tables"]:
         yield f"**{table['title']}**"
