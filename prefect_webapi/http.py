@@ -17,7 +17,8 @@ import socket
 import ssl
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
@@ -344,11 +345,12 @@ class RemoteClient:
                     content=content or None,
                     extensions=self._extensions,
                 )
-                answer = await self._sent(request, mask)
-                came = str(answer.status)
-                if span is not None:
-                    span.set_attribute("http.response.status_code", answer.status)
-                return answer
+                async with self._sent(request) as response:
+                    came = str(response.status_code)
+                    if span is not None:
+                        span.set_attribute("http.response.status_code", response.status_code)
+                    body = await self._body(response, mask)
+                return Answer(response.status_code, dict(response.headers.items()), body, mask)
         except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, OSError) as error:
             found = classify(error)
         finally:
@@ -390,7 +392,8 @@ class RemoteClient:
             raise found from error
         return {name: SecretStr(_plain(value)) for name, value in given.items()}
 
-    async def _sent(self, request: httpx.Request, mask: Callable[[str], str]) -> Answer:
+    @asynccontextmanager
+    async def _sent(self, request: httpx.Request) -> AsyncGenerator[httpx.Response]:
         """Straight through a transport: what httpx's client would add takes as long as the request itself."""
         if self._cookies:
             self._cookies.set_cookie_header(request)
@@ -401,12 +404,11 @@ class RemoteClient:
                 if "set-cookie" in response.headers:
                     response.request = request
                     self._cookies.extract_cookies(response)
-                body = await self._body(response, mask)
+                yield response
             finally:
                 await response.aclose()
         finally:
             self._transports.give(transport)
-        return Answer(response.status_code, dict(response.headers.items()), body, mask)
 
     async def _body(self, response: httpx.Response, mask: Callable[[str], str]) -> bytes:
         is_error = response.status_code >= HTTPStatus.MULTIPLE_CHOICES

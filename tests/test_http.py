@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gzip
 import logging
 import pickle
 import socket
@@ -117,6 +118,17 @@ async def test_cookies_of_the_service_are_sent_back() -> None:
     await client.get("/a")
     await client.get("/b")
     assert sent == [None, "server=7"]
+
+
+async def test_a_packed_answer_is_unpacked() -> None:
+    packed = httpx.ByteStream(gzip.compress(b'{"state": "running"}'))
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        assert "gzip" in request.headers["accept-encoding"]
+        return httpx.Response(200, headers={"content-encoding": "gzip"}, stream=packed)
+
+    client = RemoteClient("https://jobs.example.com", transport=httpx.MockTransport(answer))
+    assert await client.get("/jobs/x") == {"state": "running"}
 
 
 @asynccontextmanager
@@ -298,6 +310,15 @@ async def test_an_answer_too_large_is_not_read_to_its_end(
     finally:
         tracemalloc.stop()
     assert peak < 10_000_000
+
+
+async def test_the_status_of_an_answer_too_large_is_in_the_log(
+    job_server: EmbeddedJobServer, client: RemoteClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    job_server.fault("get", garbage="huge")
+    with caplog.at_level(logging.DEBUG, logger="prefect_webapi.http"):
+        await failure(client.get("/jobs/x"))
+    assert "/jobs/x -> 200 in" in caplog.text
 
 
 async def test_a_confirmation_without_a_body_is_none(
