@@ -110,7 +110,7 @@ class Silent:
 
 
 def tracked(host: Host) -> int:
-    """How many jobs it has read."""
+    """How many jobs its pollers watch."""
 
     async def count(runtime: Runtime) -> int:
         return sum(len(channel.poller) for channel in runtime._channels)

@@ -147,9 +147,10 @@ class _Lane:
         self._waited(self._clock.monotonic() - began)
 
     def opens_in(self) -> float:
-        if (left := self._closed_until - self._clock.monotonic()) > 0:
+        now = self._clock.monotonic()
+        if (left := self._closed_until - now) > 0:
             return left
-        if not self._waiting and self._factor == 1.0 and self._bucket.has_capacity(1):
+        if self._may_pass(now, 1):
             return 0.0
         return (self._waiting + 1) / (self.qps * self._factor)
 

@@ -205,17 +205,19 @@ class Poller:
             while True:
                 self._news.clear()
                 delay = self._until_due()
-                if delay is not None and delay <= 0 and self._busy < self.policy.workers:
+                if delay is None:
+                    await self._news.wait()
+                elif delay > 0:
+                    alarm = loop.call_later(self._clock.real(delay), self._news.set)
+                    await self._news.wait()
+                    alarm.cancel()
+                elif self._busy < self.policy.workers:
                     if batch := self._take():
                         self._busy += 1
                         self._batches.put_nowait(batch)
                         if self._busy > self._workers:
                             self._workers += 1
                             tasks.start_soon(self._work)
-                elif delay is not None and delay > 0:
-                    alarm = loop.call_later(self._clock.real(delay), self._news.set)
-                    await self._news.wait()
-                    alarm.cancel()
                 else:
                     await self._news.wait()  # a worker that has nothing to do wakes us
 
@@ -225,9 +227,7 @@ class Poller:
             batch = await self._batches.get()
             while batch:
                 await self._read(batch)
-                await asyncio.sleep(
-                    0
-                )  # reads that wait for nothing must not keep the loop to themselves
+                await asyncio.sleep(0)  # reads that wait for nothing give others their turn
                 batch = self._take()
             self._busy -= 1
             self._news.set()
