@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import pytest
 
 from prefect_webapi.clock import Clock
@@ -122,6 +123,41 @@ async def test_a_job_whose_state_is_known_is_read_after_the_first_gap() -> None:
         bench.poller.watch("a", "a", is_known=True)
         await eventually(lambda: bench.seen, within=2)
         assert bench.of("a")[0] - began >= 0.9 * 0.2
+
+
+@pytest.mark.parametrize(("max_batch", "least"), [(1, 400), (500, 8)])
+async def test_reads_that_wait_for_nothing_leave_others_their_turns(
+    max_batch: int, least: int
+) -> None:
+    """One by one, and within the answer of a batch."""
+    turns, delivered = 0, list[int]()
+
+    class AtOnce:
+        async def one(self, context: Any) -> Any:
+            return context
+
+        async def many(self, contexts: Sequence[Any]) -> Sequence[Any]:
+            return contexts
+
+    async def take(observation: Observation) -> None:
+        delivered.append(turns)
+
+    async def count() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await anyio.lowlevel.checkpoint()
+
+    policy = ReadingPolicy(initial=30.0, longest=30.0, workers=1, max_batch=max_batch)
+    poller = Poller(policy, AtOnce(), take, Clock())
+    for n in range(500):
+        poller.watch(n, n)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(count)
+        tasks.start_soon(poller.run)
+        await eventually(lambda: len(delivered) == 500, within=10)
+        tasks.cancel_scope.cancel()
+    assert delivered[-1] - delivered[0] >= least
 
 
 async def test_no_gap_leaves_its_bounds() -> None:
