@@ -85,6 +85,12 @@ class WebApiSettings(EngineFields, PrefectBaseSettings):
     watch_cancel_seconds: float = Field(
         default=1.0, ge=0.05, le=60, description="Seconds between two looks for a cancellation."
     )
+    gc_threshold: int = Field(
+        default=5_000,
+        ge=0,
+        le=1_000_000,
+        description="Objects that are made before Python's garbage collector looks at them; 0 leaves Python's own.",
+    )
     metrics_port: Annotated[int | None, BeforeValidator(_off)] = Field(
         default=None, ge=1, le=65_535, description="Port that serves metrics; off serves none."
     )

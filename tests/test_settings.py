@@ -31,6 +31,7 @@ def test_defaults_hold_where_nothing_is_set() -> None:
     assert settings.disabled_plugins == frozenset()
     assert settings.state_events_per_second == 20
     assert settings.watch_cancel_seconds == 1
+    assert settings.gc_threshold == 5000
     assert settings.metrics_port is None
     assert settings.overrides() == {}
 
@@ -43,6 +44,7 @@ def test_the_environment_is_read_by_prefects_convention(monkeypatch: pytest.Monk
         "DISABLED_PLUGINS": "one, two",
         "STATE_EVENTS_PER_SECOND": "5",
         "WATCH_CANCEL_SECONDS": "0.5",
+        "GC_THRESHOLD": "0",
         "METRICS_PORT": "9100",
         "CREATE_TIMEOUT": "1m30s",
         "MAX_CREATE_ATTEMPTS": "3",
@@ -56,6 +58,7 @@ def test_the_environment_is_read_by_prefects_convention(monkeypatch: pytest.Monk
     assert settings.disabled_plugins == {"one", "two"}
     assert settings.state_events_per_second == 5
     assert settings.watch_cancel_seconds == 0.5
+    assert settings.gc_threshold == 0
     assert settings.metrics_port == 9100
     assert settings.overrides() == {
         "create_timeout": timedelta(seconds=90),

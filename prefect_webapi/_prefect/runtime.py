@@ -10,6 +10,7 @@ from typing import Any
 import anyio
 
 from prefect_webapi._prefect.api import Api, server_is_here
+from prefect_webapi._prefect.collector import collected_seldom
 from prefect_webapi._prefect.connections import BlockConnections
 from prefect_webapi._prefect.options import Options
 from prefect_webapi._prefect.outputs import ResultStorage
@@ -46,18 +47,19 @@ class _Runtime(Runtime):
         api: Api,
         slots: PrefectSlots,
         background: Sequence[Background],
-        publishing: AbstractContextManager[None],
+        around: Sequence[AbstractContextManager[None]],
     ) -> None:
         super().__init__(services, me)
         self._api = api
         self._slots = slots
         self._background = background
-        self._publishing = publishing
+        self._around = around
 
     async def run(self, ready: Callable[[], None]) -> None:
         failure: Exception | None = None
         async with AsyncExitStack() as stack:
-            stack.enter_context(self._publishing)
+            for each in self._around:
+                stack.enter_context(each)
             await stack.enter_async_context(self._api)
             await stack.enter_async_context(self._slots)
             async with anyio.create_task_group() as group:
@@ -109,7 +111,8 @@ def make_runtime(
         owns_limits=store.is_shared or server_is_here(),
     )
     background = [display.run, partial(watch, api)]
-    publishing = served(options.metrics_port, options.metrics_host)
-    return _Runtime(
-        services, me, api=api, slots=slots, background=background, publishing=publishing
-    )
+    around = [
+        served(options.metrics_port, options.metrics_host),
+        collected_seldom(options.gc_threshold),
+    ]
+    return _Runtime(services, me, api=api, slots=slots, background=background, around=around)

@@ -141,9 +141,11 @@ class Watch:
             leaves_job,
         )
         with self._lock:
+            is_first = not self._watched
             self._watched[id(watched)] = watched
         self.listen()
-        self._stir()
+        if is_first:  # else `run` looks at itself soon, at all of them
+            self._stir()
 
         def forget() -> None:
             with self._lock:
