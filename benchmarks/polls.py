@@ -68,7 +68,7 @@ from tests.support.engine import engine, request
 AT_ONCE, BATCHES_AT_ONCE = 10, 2
 JOBS, DATABRICKS_RUNS = 500, 24
 SECONDS, QUICK_SECONDS = 8.0, 2.0
-WAITING_FLOWS, VENDOR_SECONDS = 4, 8.0
+WAITING_FLOWS, VENDOR_SECONDS, QUICK_VENDOR_SECONDS = 4, 16.0, 4.0
 GAP_SECONDS, READY_SECONDS = 0.001, 60.0
 _direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 BARE, OURS = "bare httpx", "whole stack"
@@ -304,6 +304,7 @@ def _told(url: str) -> dict[str, float]:
 
 def run(chosen: Chosen) -> Report:
     seconds = QUICK_SECONDS if chosen.quick else SECONDS
+    waits = QUICK_VENDOR_SECONDS if chosen.quick else VENDOR_SECONDS
     with Service() as service, databricks_server() as workspace, prefect_server():
 
         def on_service(work: Callable[..., Figures], kind: str) -> Callable[[], Figures]:
@@ -331,7 +332,7 @@ def run(chosen: Chosen) -> Report:
         theirs = by_turns(
             chosen.repetitions,
             {
-                "prefect-databricks": on_databricks(vendor, workspace, VENDOR_SECONDS + seconds),
+                "prefect-databricks": on_databricks(vendor, workspace, waits),
                 "our plugin, single reads": on_databricks(databricks, workspace, seconds, False),
                 "our plugin, batches of 24": on_databricks(databricks, workspace, seconds, True),
             },
