@@ -46,12 +46,20 @@ from benchmarks.plot import Curves
 from prefect_webapi.clock import Clock
 from prefect_webapi.contract.phase import PhaseInfo
 from prefect_webapi.ledger import writer
-from prefect_webapi.ledger.records import Details, JobState, Move, MoveResult, Outputs, Record, Step
+from prefect_webapi.ledger.records import (
+    Details,
+    JobState,
+    Move,
+    MoveResult,
+    Outputs,
+    Record,
+    Steps,
+)
 from prefect_webapi.ledger.sql import SqlStore
 from tests.support.engine import engine, request
 from tests.support.ledger import PostgresServer, draft_for, postgres, sqlite_url
 
-AT_ONCE, QUICK_AT_ONCE = (1, 10, 100, 1_000), (100, 1_000)
+AT_ONCE, QUICK_AT_ONCE = (1, 10, 100, 1_000), (1_000,)
 JOBS_PER_SLOT, JOBS_PER_SLOT_ALONE = {1: 100, 10: 50, 100: 30, 1_000: 6}, {1: 100, 10: 30, 100: 4}
 ENGINE_JOBS = 200
 JOBS, WRITES = "jobs/s", "writes per job"
@@ -112,7 +120,7 @@ async def _life(store: SqlStore, number: int, quota: bool) -> int:
         task_name="bench",
         task_key="bench.task",
         spec=f'{{"kind":"report","day":{number}}}',
-        steps=(Step(name="ADMITTED", at=now),),
+        steps=Steps().then("ADMITTED", now),
     )
     draft = draft_for(
         f"call-{number}",
@@ -131,7 +139,7 @@ async def _life(store: SqlStore, number: int, quota: bool) -> int:
 
 async def _moved(store: SqlStore, old: Record, state: JobState, count: int) -> Record:
     now = datetime.now(UTC)
-    steps = (*old.details.steps, Step(name=str(state), at=now))
+    steps = old.details.steps.then(str(state), now)
     more: dict[str, Any] = {"steps": steps}
     if state is S.OVER:
         more |= {"phase": PhaseInfo.success(), "outputs": Outputs(value={"uri": "job#1"})}

@@ -27,6 +27,9 @@ EARLY_SHARE = 2.0
 """The same while the job is younger than those of its task ever were at their end."""
 BATCH_SLACK = 0.2
 """Share of a job's gap by which it may be read early to fill a batch."""
+COMPANY_SLACK = 0.05
+"""Share of a job's gap by which it may be read early because others are read at that moment: of a thousand jobs each
+would have the process wake up for it alone."""
 GIVEN_AT_ONCE = 50
 """Answers of one read that are delivered before others get their turn of the loop."""
 
@@ -76,6 +79,10 @@ class Watched:
         self.late = 0.0
         self.in_flight = False
         self.wanted = True
+
+    def __lt__(self, other: Watched) -> bool:
+        """In the heap that which is due first comes first."""
+        return self.due < other.due
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,8 +157,7 @@ class Poller:
         self._reading = reading
         self._deliver = deliver
         self._clock = clock
-        self._heap: list[tuple[float, int, Watched]] = []
-        self._order = 0
+        self._heap: list[Watched] = []
         self._news = asyncio.Event()
         self._batches = asyncio.Queue[list[Watched]]()
         self._workers = 0
@@ -169,16 +175,24 @@ class Poller:
         age: float = 0.0,
         expected: float = 0.0,
         is_known: bool = False,
+        is_one_of_many: bool = False,
     ) -> Watched:
         """Read a job from now on.
 
         Args:
             age: of the job, in seconds. expected: the age before which it will hardly end; 0: nobody knows.
             is_known: how it stands now is known, so that the first read is due after a gap and not at once.
+            is_one_of_many: more of them may come at this moment, so that their first reads are spread over the first
+                gap of a new job.
         """
         watched = Watched(token, context, self._clock.monotonic() - age, expected)
         self._watched += 1
-        self._push(watched, self._delay(watched, age) if is_known else 0.0)
+        delay = 0.0
+        if is_known:
+            delay = self._delay(watched, age)
+        elif is_one_of_many:
+            delay = chance.uniform(0, self.policy.initial)
+        self._push(watched, delay)
         return watched
 
     def again(self, watched: Watched, *, failed: bool = False) -> None:
@@ -228,7 +242,7 @@ class Poller:
             while batch:
                 await self._read(batch)
                 await asyncio.sleep(0)  # reads that wait for nothing give others their turn
-                batch = self._take()
+                batch = self._take(COMPANY_SLACK)
             self._busy -= 1
             self._news.set()
 
@@ -260,6 +274,7 @@ class Poller:
 
     async def _give(self, observation: Observation) -> None:
         observation.watched.in_flight = False
+        observation.watched.late = 0.0
         if observation.watched.wanted:
             await self._deliver(observation)
 
@@ -273,30 +288,33 @@ class Poller:
         now = self._clock.monotonic()
         watched.gap = delay
         watched.due = now + delay
-        self._order += 1
-        heapq.heappush(self._heap, (watched.due, self._order, watched))
-        if self._heap[0][2] is watched:
+        heapq.heappush(self._heap, watched)
+        if self._heap[0] is watched:
             self._news.set()
 
     def _until_due(self) -> float | None:
-        while self._heap and not self._heap[0][2].wanted:
+        while self._heap and not self._heap[0].wanted:
             heapq.heappop(self._heap)
         if not self._heap:
             return None
-        return self._heap[0][0] - self._clock.monotonic()
+        return self._heap[0].due - self._clock.monotonic()
 
-    def _take(self) -> list[Watched]:
-        """The next jobs to read together: due ones, and to fill a batch those that are nearly due."""
+    def _take(self, slack: float = 0.0) -> list[Watched]:
+        """The next jobs to read together: due ones, and to fill a batch those that are nearly due.
+
+        Args:
+            slack: share of its gap by which the first one may be early.
+        """
         batch: list[Watched] = []
         now = self._clock.monotonic()
         while self._heap and len(batch) < self.policy.max_batch:
-            due, _, watched = self._heap[0]
-            early = watched.gap * BATCH_SLACK if batch else 0.0
-            if watched.wanted and due - early > now:
+            watched = self._heap[0]
+            early = watched.gap * (BATCH_SLACK if batch else slack)
+            if watched.wanted and watched.due - early > now:
                 break
             heapq.heappop(self._heap)
             if watched.wanted:
                 watched.in_flight = True
-                watched.late = max(0.0, now - due)
+                watched.late = max(0.0, now - watched.due)
                 batch.append(watched)
         return batch

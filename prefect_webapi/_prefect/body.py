@@ -31,7 +31,7 @@ from pydantic import BaseModel, ValidationError
 
 from prefect_webapi._prefect import service, states
 from prefect_webapi._prefect.causes import INTERRUPTS, Cause, cause_of, is_suspending
-from prefect_webapi._prefect.identity import Chain, caller, chain_here
+from prefect_webapi._prefect.identity import Chain, attempt_of, caller, chain_here
 from prefect_webapi._prefect.options import Options
 from prefect_webapi._prefect.reports import TaskRunReporter
 from prefect_webapi._prefect.rollback import undone_with_transaction
@@ -263,9 +263,16 @@ def _admit(job: Job, spec: JobSpec[Any], context: TaskRunContext, engine: Engine
         idempotency_key=own.idempotency_key,
     )
     reporter = TaskRunReporter(engine.display, deployment=who.deployment)
-    inputs = _inputs(context.parameters)
     try:
-        request = request_of(own, spec, who, reporter, task_name=context.task.name, inputs=inputs)
+        request = request_of(
+            own,
+            spec,
+            who,
+            reporter,
+            task_name=context.task.name,
+            attempt=attempt_of(run),
+            inputs=_inputs(context.parameters),
+        )
         return Call(engine, engine.host.admit(request), reporter, own, who, run)
     except Exception:
         reporter.close()
@@ -279,6 +286,7 @@ def request_of(
     reporter: Reporter,
     *,
     task_name: str,
+    attempt: int,
     inputs: Mapping[str, Any],
 ) -> JobRequest:
     """What the engine is asked for."""
@@ -292,6 +300,7 @@ def request_of(
         reporter=reporter,
         connection="default" if connection is None else connection,
         plugin=own.plugin,
+        attempt=attempt,
         inputs=inputs,
         options=Overrides(
             deadline=own.deadline,

@@ -266,7 +266,6 @@ def caller(
     run_key: str | None,
     retries: int,
     idempotency_key: str | None = None,
-    nth: int = 0,
 ) -> Caller:
     """Who asks for a job. `run_key` is the setting's; what `run_key(...)` said in the chain wins."""
     key = chain.run_key or run_key
@@ -278,16 +277,19 @@ def caller(
         execution=chain.execution,
         task_run=str(task_run.id),
         levels=dict(chain.levels),
-        nth=nth,
         idempotency_key=idempotency_key,
         flow_run=chain.flow_run,
         root_run=chain.root_run,
         deployment=chain.deployment,
         namespace=chain.namespace or chain.deployment,
         labels=_labels(task_run.tags),
-        attempt=max(1, task_run.run_count),
         max_attempts=retries + 1,
     )
+
+
+def attempt_of(task_run: TaskRun) -> int:
+    """Which attempt of the task run this is, as Prefect counts them: from 1."""
+    return max(1, task_run.run_count)
 
 
 def _labels(tags: Iterable[str]) -> dict[str, str]:

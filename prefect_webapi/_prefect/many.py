@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from prefect.states import Completed, Failed
 
 from prefect_webapi._prefect import states
 from prefect_webapi._prefect.body import Call, Job, driven, request_of
-from prefect_webapi._prefect.identity import caller, chain_here
+from prefect_webapi._prefect.identity import attempt_of, caller, chain_here
 from prefect_webapi._prefect.options import Options
 from prefect_webapi._prefect.reports import ManyReporter
 from prefect_webapi._prefect.service import Engine
@@ -62,10 +62,15 @@ async def run_jobs(
         reporter = ManyReporter(engine.display, len(specs))
         who = caller(run, chain=chain_here(own=run.id), run_key=engine.run_key, retries=retries)
 
+        first = attempt_of(run)
+        # What is the same for all of them is there once: the spec and its place are a job's own.
+        one = request_of(job, specs[0], who, reporter, task_name=name, attempt=first, inputs={})
+
         def request(index: int, attempt: int) -> JobRequest:
             spec = specs[index]
-            asks = replace(who, nth=index, attempt=max(attempt, who.attempt))
-            return request_of(job, spec, asks, reporter, task_name=name, inputs=dict(spec))
+            return replace(
+                one, spec=spec, nth=index, attempt=max(attempt, first), inputs=_inputs_of(spec)
+            )
 
         jobs = _Jobs(engine.host, request, len(specs), retries, delays, reporter)
         return Call(engine, jobs, reporter, job, who, run, jobs.ended)
@@ -79,6 +84,11 @@ async def run_jobs(
         return _end(outcomes, raise_on_failure)
 
     return await driven(load, admit, end)
+
+
+def _inputs_of(spec: JobSpec[Any]) -> Mapping[str, Any]:
+    """Its fields, by name; where it can be, the mapping that the spec has itself: there are many."""
+    return dict(spec) if spec.model_extra else vars(spec)
 
 
 def _end(outcomes: Sequence[Outcome], raise_on_failure: bool) -> State[Any]:
@@ -96,6 +106,23 @@ def _end(outcomes: Sequence[Outcome], raise_on_failure: bool) -> State[Any]:
     failure = states.job_failed(failed[0])
     failure.add_note(f"{counted}; this is the first of them")
     return Failed(message=f"{counted}. The first: {first.message}", data=failure)
+
+
+class _Running:
+    """One of the jobs that are not over; called when it is."""
+
+    __slots__ = ("_note", "attempt", "index", "ticket")
+
+    def __init__(
+        self, note: Callable[[int], None], index: int, attempt: int, ticket: Ticket
+    ) -> None:
+        self._note = note
+        self.index = index
+        self.attempt = attempt
+        self.ticket = ticket
+
+    def __call__(self) -> None:
+        self._note(self.index)
 
 
 class _Jobs:
@@ -122,8 +149,7 @@ class _Jobs:
         self._delays = delays
         self._reporter = reporter
         self._lock = threading.Lock()
-        self._tickets: dict[int, Ticket] = {}
-        self._attempts: dict[int, int] = {}
+        self._running: dict[int, _Running] = {}
         self._ends: list[Outcome | None] = [None] * count
         self.ended: list[JobKey] = []
         self._left = 0
@@ -134,6 +160,7 @@ class _Jobs:
         self._stop: Callable[[Ticket], None] | None = None
         self._is_cancelled = self._is_paused = False
         self._error: Exception | None = None
+        self._note_over: Callable[[int], None] = self._note  # one for all of them
 
     async def start(self) -> None:
         for index in range(len(self._ends)):
@@ -182,9 +209,9 @@ class _Jobs:
         with self._lock:
             if ends:
                 self._stop = what
-            tickets = list(self._tickets.values())
-        for ticket in tickets:
-            what(ticket)
+            running = list(self._running.values())
+        for job in running:
+            what(job.ticket)
         if ends:
             with suppress(RuntimeError):  # as in `_note`
                 self._loop.call_soon_threadsafe(self._retry_none, leaves)
@@ -193,13 +220,13 @@ class _Jobs:
 
     def _admit(self, index: int, attempt: int) -> None:
         ticket = self._host.admit(self._request(index, attempt))
+        job = _Running(self._note_over, index, attempt, ticket)
         with self._lock:
-            self._tickets[index] = ticket
-            self._attempts[index] = attempt
+            self._running[index] = job
             stop = self._stop
         if stop is not None:
             stop(ticket)
-        ticket.when_over(lambda: self._note(index))
+        ticket.when_over(job)
 
     def _note(self, index: int) -> None:
         with self._lock:  # of two at once, one has to be the first
@@ -219,20 +246,19 @@ class _Jobs:
 
     def _take(self, index: int) -> None:
         with self._lock:
-            ticket = self._tickets.pop(index)
-            attempt = self._attempts.pop(index)
+            job = self._running.pop(index)
             stopping = self._stop is not None
         try:
-            outcome = ticket.outcome_blocking()
+            outcome = job.ticket.outcome_blocking()
         except Exception as error:  # noqa: BLE001 - the engine hands on what it did not foresee, too
             self._fail(error)
             return
         self._ends[index] = outcome
         if not outcome.is_of_another_run:
             self.ended.append(outcome.job_key)
-        if outcome.info.may_retry and attempt <= self._retries and not stopping:
-            delay = self._delays[min(attempt, len(self._delays)) - 1]
-            timer = self._loop.call_later(delay, self._retry, index, attempt + 1)
+        if outcome.info.may_retry and job.attempt <= self._retries and not stopping:
+            delay = self._delays[min(job.attempt, len(self._delays)) - 1]
+            timer = self._loop.call_later(delay, self._retry, index, job.attempt + 1)
             self._backing_off[index] = timer, outcome
             self._reporter.again(outcome.job_key)
             return

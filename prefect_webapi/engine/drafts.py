@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from prefect_webapi.contract.errors import ConfigurationError, QuotaNotConfigured
 from prefect_webapi.contract.keys import (
     base_of,
@@ -11,18 +9,16 @@ from prefect_webapi.contract.keys import (
     idempotent_base,
     job_key,
 )
-from prefect_webapi.contract.task import JobSpec, ResourceRequirements
+from prefect_webapi.contract.task import ResourceRequirements
 from prefect_webapi.engine.calls import Calls, guarantee
 from prefect_webapi.engine.channels import Channel, Channels, limit_name
-from prefect_webapi.engine.job import view_of
+from prefect_webapi.engine.job import kept_spec, view_of
 from prefect_webapi.engine.request import Caller, JobRequest
 from prefect_webapi.engine.services import Services
 from prefect_webapi.ledger.records import Details, Draft, JobState, Record
 from prefect_webapi.registry import Loaded
 
 __all__ = ["conflict", "draft_for"]
-
-KEPT_SPEC_BYTES = 64 * 1024
 
 
 async def draft_for(
@@ -45,7 +41,9 @@ async def draft_for(
     quotas: tuple[str, ...] = ()
     weight, namespace = 1, None
     if channel.quotas:
-        probe = view_of(services, loaded, request, job_key(base, 0, 1), fingerprint, caller.attempt)
+        probe = view_of(
+            services, loaded, request, job_key(base, 0, 1), fingerprint, request.attempt
+        )
         needs = await calls.requirements(loaded, probe)
         namespace, weight = needs.namespace, needs.places
         if namespace not in channel.quotas:
@@ -59,10 +57,10 @@ async def draft_for(
     return Draft(
         base=base,
         task_run=caller.task_run,
-        nth=caller.nth,
+        nth=request.nth,
         execution=caller.execution,
         levels=caller.levels,
-        is_retry=caller.attempt > 1,
+        is_retry=request.attempt > 1,
         reuse_results=loaded.settings.reuse_results if reuse is None else reuse,
         pinned=pinned is not None,
         state=_first_state(loaded, quotas),
@@ -87,14 +85,9 @@ async def draft_for(
             namespace=caller.namespace,
             resource_namespace=namespace,
             on_exit=request.options.on_exit,
-            spec=_kept(request.spec),
+            spec=kept_spec(request.spec),
         ),
     )
-
-
-def _kept(spec: JobSpec[Any]) -> str | None:
-    text = spec.model_dump_json()
-    return text if len(text) <= KEPT_SPEC_BYTES else None
 
 
 def conflict(record: Record) -> ConfigurationError:

@@ -14,8 +14,9 @@ from pydantic import ValidationError
 from prefect_webapi.contract.phase import Phase, PhaseInfo
 from prefect_webapi.contract.task import JobSpec
 from prefect_webapi.engine import machine
-from prefect_webapi.engine.job import Call, Ending, slot_of
-from prefect_webapi.engine.liveness import is_alive
+from prefect_webapi.engine.call import Call
+from prefect_webapi.engine.job import Ending, slot_of
+from prefect_webapi.engine.liveness import has_ended, is_alive
 from prefect_webapi.engine.machine import Event
 from prefect_webapi.engine.outputs import faults_of, recall
 from prefect_webapi.engine.request import Caller, JobRequest, Outcome, outermost_run
@@ -43,31 +44,43 @@ SEEN_SECONDS = 0.2
 
 
 class Others:
-    """The other processes on this ledger."""
+    """The other processes on this ledger.
+
+    Attributes:
+        gone: ids of those that have ended for good; and "", which is written where a job was let go.
+    """
 
     def __init__(self, services: Services, me: RuntimeRow) -> None:
         self._services = services
         self._me = me
         self._seen: dict[str, tuple[float, bool]] = {}
         self._looking = asyncio.Lock()
+        self.gone = {""}
+
+    async def look(self) -> None:
+        """See who has ended: the jobs that they left are taken over as they are asked for."""
+        rows = await self._services.store.runtimes()
+        self.gone.update(row.id for row in rows if has_ended(row, me=self._me))
 
     async def drive(self, record: Record) -> bool:
         """Whether another living process drives this job."""
-        if record.runtime == self._me.id:
-            return False
+        return record.runtime != self._me.id and await self._lives(record.runtime)
+
+    async def _lives(self, runtime: str) -> bool:
         async with self._looking:
-            seen_at, lives = self._seen.get(record.runtime, (-SEEN_SECONDS, False))
+            seen_at, lives = self._seen.get(runtime, (-SEEN_SECONDS, False))
             if time.monotonic() - seen_at >= SEEN_SECONDS:
-                rows = {row.id: row for row in await self._services.store.runtimes()}
-                now = self._services.clock.now()
-                lives = is_alive(rows.get(record.runtime), me=self._me, now=now)
+                row = {row.id: row for row in await self._services.store.runtimes()}.get(runtime)
+                lives = is_alive(row, me=self._me, now=self._services.clock.now())
                 seen_at = time.monotonic()
                 self._seen = {
-                    runtime: seen
-                    for runtime, seen in self._seen.items()
+                    other: seen
+                    for other, seen in self._seen.items()
                     if seen_at - seen[0] < SEEN_SECONDS
                 }
-                self._seen[record.runtime] = seen_at, lives
+                self._seen[runtime] = seen_at, lives
+                if row is not None and has_ended(row, me=self._me):
+                    self.gone.add(runtime)
             return lives
 
     async def follow(
@@ -204,9 +217,9 @@ def request_of(record: Record, loaded: Loaded) -> JobRequest:
             deployment=details.deployment,
             namespace=details.namespace,
             labels=details.labels,
-            attempt=record.attempt,
             max_attempts=record.attempt,
         ),
+        attempt=record.attempt,
         reporter=_Silent(),
         connection=record.connection,
         plugin=record.plugin,

@@ -16,7 +16,7 @@ from functools import partial
 from typing import Protocol, TypeVar
 
 from prefect_webapi.contract.errors import WebApiError
-from prefect_webapi.engine.job import Call
+from prefect_webapi.engine.call import Call, Post
 from prefect_webapi.engine.reaper import sweep
 from prefect_webapi.engine.request import JobRequest, Outcome
 from prefect_webapi.engine.runtime import Runtime, too_late
@@ -28,9 +28,6 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-STEP_SECONDS, STEP_SECONDS_OF_MANY = 0.2, 1.0
-"""A blocking wait is cut into steps, so that signals get through; in threads beside the main one, of which a flow may
-have hundreds, what Prefect raises there when a task's time is over."""
 SWEEP_SECONDS = 30.0
 START_SECONDS = 60.0
 STOP_SECONDS = 30.0
@@ -88,50 +85,6 @@ class HostApi(Protocol):
         ...
 
 
-class _Ticket:
-    __slots__ = ("_call", "_host")
-
-    def __init__(self, host: Host, call: Call) -> None:
-        self._host = host
-        self._call = call
-
-    async def outcome(self) -> Outcome:
-        loop = asyncio.get_running_loop()
-        arrived: asyncio.Future[None] = loop.create_future()
-
-        def arrive() -> None:
-            if not arrived.done():
-                arrived.set_result(None)
-
-        def tell() -> None:
-            with suppress(RuntimeError):  # the caller's loop has ended; nobody waits any more
-                loop.call_soon_threadsafe(arrive)
-
-        self._call.when_over(tell)
-        await arrived
-        return self._call.result()
-
-    def outcome_blocking(self) -> Outcome:
-        over = threading.Event()
-        self._call.when_over(over.set)
-        is_main = threading.current_thread() is threading.main_thread()
-        while not over.wait(STEP_SECONDS if is_main else STEP_SECONDS_OF_MANY):
-            pass
-        return self._call.result()
-
-    def when_over(self, tell: Callable[[], None], /) -> None:
-        self._call.when_over(tell)
-
-    def cancel(self, reason: str) -> None:
-        self._host.post(lambda runtime: runtime.cancel(self._call, reason))
-
-    def pause(self, *, leaves: bool) -> None:
-        self._host.post(lambda runtime: runtime.pause(self._call, leaves))
-
-    def detach(self) -> None:
-        self._host.post(lambda runtime: runtime.detach(self._call))
-
-
 class Host:
     """Starts the runtime's thread with the first job and ends it in order.
 
@@ -150,6 +103,7 @@ class Host:
         self._runtime: Runtime | None = None
         self._failure: BaseException | None = None
         self._closed = False
+        self._post: Post = self.post  # one for all calls
 
     def admit(self, request: JobRequest) -> Ticket:
         """Hand a job over.
@@ -159,10 +113,10 @@ class Host:
             LedgerError, ConfigurationError: the engine can't start; nothing was started.
         """
         self.start()
-        call = Call(request)
+        call = Call(request, self._post)
         if not self.post(lambda runtime: runtime.admit(call)):
             call.fail(too_late())
-        return _Ticket(self, call)
+        return call
 
     def cancel_flow_run(self, flow_run: str, reason: str) -> None:
         self.post(lambda runtime: runtime.cancel_flow_run(flow_run, reason))

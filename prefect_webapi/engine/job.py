@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -18,10 +16,13 @@ from pydantic import SecretStr
 from prefect_webapi.contract.errors import LedgerConflict, LedgerError, LedgerUnavailable
 from prefect_webapi.contract.keys import Fingerprint, JobKey, job_key
 from prefect_webapi.contract.phase import Phase, PhaseInfo, TaskInfo
+from prefect_webapi.contract.task import JobSpec
 from prefect_webapi.engine import machine
+from prefect_webapi.engine.adapters import handle_adapter
+from prefect_webapi.engine.call import Call
 from prefect_webapi.engine.contexts import NOTHING_PUT, TaskView, task_view
 from prefect_webapi.engine.machine import Event
-from prefect_webapi.engine.request import JobRequest, Outcome
+from prefect_webapi.engine.request import JobRequest
 from prefect_webapi.engine.services import Services
 from prefect_webapi.ledger.records import (
     JobState,
@@ -29,16 +30,15 @@ from prefect_webapi.ledger.records import (
     Move,
     MoveResult,
     Record,
-    Step,
 )
 from prefect_webapi.poller import Watched
 from prefect_webapi.quotas import SlotLease
 from prefect_webapi.registry import Loaded
 
 __all__ = [
-    "Call",
     "Ending",
     "Job",
+    "kept_spec",
     "lease_of",
     "note_lease",
     "persist",
@@ -49,8 +49,17 @@ __all__ = [
 
 LEDGER_PATIENCE = timedelta(minutes=2)
 """How long a write that must not be lost is repeated while the ledger can't be reached."""
-KEPT_STEPS = 25
-"""So many of a job's first steps are kept, and so many of its last."""
+
+
+KEPT_SPEC_BYTES = 64 * 1024
+_LEFT_OUT = ""
+"""In place of a text of the record: no JSON is empty."""
+
+
+def kept_spec(spec: JobSpec[Any]) -> str | None:
+    """A spec as the ledger keeps it; None: it is too large."""
+    text = spec.model_dump_json()
+    return text if len(text) <= KEPT_SPEC_BYTES else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,71 +82,6 @@ class Ending:
         if seen is not None and seen.phase is not Phase.ABORTED:
             told = f"{told}; the remote job had ended as {seen.phase.name} before the cancel took effect"
         return PhaseInfo.aborted(told)
-
-
-_answering = threading.Lock()
-"""Held for the moment in which a call gets its answer or another listener, by all calls alike."""
-
-
-def _forget() -> None:
-    """A fork may have come at that moment, and who held it is not in the child."""
-    global _answering
-    _answering = threading.Lock()
-
-
-os.register_at_fork(after_in_child=_forget)
-
-
-class Call:
-    """One call that waits for a job. It is told its end once; who listens may be in any thread.
-
-    A `concurrent.futures.Future` would do, and takes more memory than everything else of a live job.
-
-    Attributes:
-        job: what it waits for, once that is found.
-    """
-
-    __slots__ = ("_end", "_listeners", "job", "request")
-
-    def __init__(self, request: JobRequest) -> None:
-        self.request = request
-        self.job: Job | None = None
-        self._end: Outcome | Exception | None = None
-        self._listeners: tuple[Callable[[], None], ...] = ()
-
-    @property
-    def is_waiting(self) -> bool:
-        return self._end is None
-
-    def answer(self, outcome: Outcome) -> None:
-        self._tell(outcome)
-
-    def fail(self, error: Exception) -> None:
-        self._tell(error)
-
-    def when_over(self, tell: Callable[[], None]) -> None:
-        """Call `tell` when the end is there: at once, or in the engine's thread. It must raise nothing."""
-        with _answering:
-            if self._end is None:
-                self._listeners = (*self._listeners, tell)
-                return
-        tell()
-
-    def result(self) -> Outcome:
-        """The outcome of a call that waits no more. Raises what it failed with."""
-        if isinstance(self._end, Exception):
-            raise self._end
-        assert self._end is not None
-        return self._end
-
-    def _tell(self, end: Outcome | Exception) -> None:
-        with _answering:
-            if self._end is not None:
-                return
-            self._end, self.job = end, None
-            listeners, self._listeners = self._listeners, ()
-        for tell in listeners:
-            tell()
 
 
 @lru_cache(maxsize=256)
@@ -219,7 +163,7 @@ class Job:
         self.scope: anyio.CancelScope | None = None
         self.watched: Watched | None = None
         self.missing_since: float | None = None
-        self.steps: tuple[Step, ...] = record.details.steps
+        self.steps = record.details.steps
         self.timer: asyncio.TimerHandle | None = None
         self.grace: asyncio.TimerHandle | None = None
         self.holds_capacity = False
@@ -273,11 +217,41 @@ class Job:
             if not self._writers:  # most jobs rest most of the time
                 self._writing = None
 
-    def rest(self) -> None:
-        """Drop what can be made again: of many thousand jobs most only wait for their next read."""
+    def drop_view(self) -> None:
+        """Its view can be made again, unless the author's code has put or got something."""
         view = self._view
         if view is not None and not view.given and view.output_writer.value is NOTHING_PUT:
             self._view = None
+
+    def rest(self) -> None:
+        """Drop what can be made again: of many thousand jobs most only wait for their next read."""
+        self.drop_view()
+        if self._writers or self.handle is None or self.is_swept:
+            return
+        record, details = self.record, self.record.details
+        has_texts = record.handle != _LEFT_OUT or details.spec not in (None, _LEFT_OUT)
+        if has_texts or details.steps is not self.steps:
+            # The steps are written with the next move; until then one history is enough.
+            spec = details.spec and _LEFT_OUT
+            lean = replace(details, spec=spec, steps=self.steps)
+            self.record = replace(record, handle=_LEFT_OUT, details=lean)
+
+    @property
+    def whole(self) -> Record:
+        """The record with the texts that a job at rest does without: those of its handle and its spec."""
+        record = self.record
+        details = record.details
+        if details.spec == _LEFT_OUT:
+            details = replace(details, spec=kept_spec(self.request.spec))
+            record = replace(record, details=details)
+        if record.handle == _LEFT_OUT:
+            text = handle_adapter(self.loaded).dump_json(self.handle).decode()
+            record = replace(record, handle=text)
+        return record
+
+    def report(self, info: PhaseInfo, *, waiting_for_quota: bool = False) -> None:
+        """Tell people how it stands."""
+        self.request.reporter.phase(self.whole, info, waiting_for_quota=waiting_for_quota)
 
     def serve(self, call: Call) -> None:
         """Have a call wait for it. What only the sweeper looked after is this call's from now on."""
@@ -327,16 +301,8 @@ class Job:
         self.last = _without_time(info)
 
     def note(self, name: str, at: datetime, reason: str = "") -> None:
-        """Add to the history that people see; a phase that repeats is not a new step.
-
-        A service may go to and fro between two phases for days: of a long history the middle is left out.
-        """
-        if self.steps and self.steps[-1].name == name:
-            return
-        steps = (*self.steps, Step(name=name, at=at, reason=reason))
-        if len(steps) > 2 * KEPT_STEPS:
-            steps = (*steps[:KEPT_STEPS], *steps[-KEPT_STEPS:])
-        self.steps = steps
+        """Add to the history that people see."""
+        self.steps = self.steps.then(name, at, reason)
 
     async def unless_ending(
         self, wait: Callable[[], Awaitable[Any]], *, sends: bool = False
@@ -416,7 +382,7 @@ def slot_of(lease: Lease) -> SlotLease:
 async def note_lease(services: Services, job: Job, slot: SlotLease) -> bool:
     """Write down that the job has this lease now; False: the ledger may still name another one."""
     async with job.writing():
-        old, now = job.record, services.clock.now()
+        old, now = job.whole, services.clock.now()
         if old.state.is_over:
             return True
         kept = replace(old.details, lease=lease_of(slot))
@@ -432,8 +398,8 @@ async def note_lease(services: Services, job: Job, slot: SlotLease) -> bool:
 async def persist(services: Services, job: Job, event: Event, **details: Any) -> None:
     """Write down where `event` takes the job, before anything is done about it.
 
-    `details` are fields of `Details`; `handle` and `cancel_reason` go to their columns. While the ledger can't be
-    reached the write is repeated for `LEDGER_PATIENCE`.
+    `details` are fields of `Details`; `handle` and `cancel_reason` go to their columns, and `at` is when, if not now.
+    While the ledger can't be reached the write is repeated for `LEDGER_PATIENCE`.
 
     Raises:
         LedgerConflict: another process owns the job now: stop quietly.
@@ -451,17 +417,17 @@ async def try_persist(services: Services, job: Job, event: Event, **details: Any
 
 
 async def _persist(services: Services, job: Job, event: Event, details: dict[str, Any]) -> bool:
-    old = job.record
+    old = job.whole
     state = machine.next_state(old.state, event)
     handle = details.pop("handle", None)
     cancel_reason = details.pop("cancel_reason", None)
+    at = details.pop("at", None) or services.clock.now()
     known = {"steps": job.steps, "tries": job.tries, "delete_tries": job.delete_tries}
     kept = replace(old.details, **details, **known)
-    now = services.clock.now()
     move = Move(
         old=old,
         state=state,
-        at=now,
+        at=at,
         handle=handle,
         cancel_reason=cancel_reason,
         details=kept,
@@ -477,7 +443,7 @@ async def _persist(services: Services, job: Job, event: Event, details: dict[str
             job.record = replace(
                 old,
                 state=state,
-                updated_at=now,
+                updated_at=at,
                 handle=handle or old.handle,
                 cancel_reason=cancel_reason or old.cancel_reason,
                 details=kept,

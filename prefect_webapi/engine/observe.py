@@ -64,11 +64,14 @@ class Observer:
         self._durations = durations
         self._driver = driver
 
-    def watch(self, job: Job, *, fresh: bool = False, is_known: bool = False) -> None:
+    def watch(
+        self, job: Job, *, fresh: bool = False, is_known: bool = False, is_resumed: bool = False
+    ) -> None:
         """Have the job read until it is over.
 
         Args:
             fresh: begin with short gaps again. is_known: create told how it stands.
+            is_resumed: a process has left it, perhaps with a hundred thousand others.
         """
         poller = self._channels.of(job.loaded).poller
         if job.watched is not None:
@@ -77,8 +80,10 @@ class Observer:
         age, expected = 0.0 if fresh else self._age(job), 0.0
         if record.state is JobState.CREATED and job.ending is None:
             expected = self._durations.expected(record.plugin, record.details.task_key)
-        job.watched = poller.watch(job, job, age=age, expected=expected, is_known=is_known)
-        job.rest()
+        job.watched = poller.watch(
+            job, job, age=age, expected=expected, is_known=is_known, is_one_of_many=is_resumed
+        )
+        job.drop_view()
 
     def _age(self, job: Job) -> float:
         """Seconds since it was made."""
@@ -172,7 +177,7 @@ class Observer:
         self._services.metrics.count(
             "phase_transitions_total", plugin=job.record.plugin, phase=info.phase.name
         )
-        job.request.reporter.phase(job.record, info, waiting_for_quota=False)
+        job.report(info)
 
     def _missing(self, job: Job, observation: Observation) -> None:
         """The service knows no such job: believed after its visibility delay and a second answer."""
@@ -217,9 +222,8 @@ class Observer:
             return
         lost = f"lost contact after {failures} failures"
         info = PhaseInfo.system_retryable_failure(code or "ContactLost", f"{lost}: {told}")
-        caller = job.request.caller
         fault_point("KP-28")
-        if caller.attempt < caller.max_attempts:
+        if job.request.attempt < job.request.caller.max_attempts:
             self._driver.part(job, info)
         else:
             poller.again(observation.watched, failed=True)

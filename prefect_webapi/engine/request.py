@@ -16,6 +16,8 @@ from prefect_webapi.ledger.records import Record
 from prefect_webapi.tracing import Context, here
 
 __all__ = [
+    "NOTHING",
+    "NO_OVERRIDES",
     "Caller",
     "Fate",
     "JobRequest",
@@ -29,12 +31,12 @@ __all__ = [
 ]
 
 
+NOTHING: Mapping[str, Any] = {}
+"""One for all: a process keeps a call for each of its live jobs."""
+
+
 def _nothing() -> Mapping[str, Any]:
-    return {}
-
-
-def _no_text() -> Mapping[str, str]:
-    return {}
+    return NOTHING
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,22 +47,20 @@ class Caller:
         run_key: the root flow run's id, or what the user set.
         execution: id of the Running state of the root flow run; outside a flow a nonce.
         levels: every other enclosing run: its id to the id of its Running state.
-        task_run: id of the task run that calls; nth: index of equal specs inside it.
-        attempt: Prefect's run count of the task run, from 1; max_attempts: retries + 1.
+        task_run: id of the task run that calls.
+        max_attempts: retries + 1.
     """
 
     run_key: str
     execution: str
     task_run: str
-    levels: Mapping[str, str] = field(default_factory=_no_text)
-    nth: int = 0
+    levels: Mapping[str, str] = field(default_factory=_nothing)
     idempotency_key: str | None = None
     flow_run: str = ""
     root_run: str = ""
     deployment: str = ""
     namespace: str = ""
-    labels: Mapping[str, str] = field(default_factory=_no_text)
-    attempt: int = 1
+    labels: Mapping[str, str] = field(default_factory=_nothing)
     max_attempts: int = 1
 
 
@@ -79,11 +79,18 @@ class Overrides:
     on_exit: Literal["cancel", "leave"] = "cancel"
 
 
+NO_OVERRIDES = Overrides()
+"""What most calls have."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobRequest:
     """One call of a task, resolved: no futures, no blocks' names left to guess.
 
     Attributes:
+        caller: the same object for all jobs of a task run.
+        nth: index of equal specs inside the task run.
+        attempt: Prefect's run count of the task run, from 1; or the job's own, where it is retried by itself.
         plugin: plugin id where the user named one.
         connection: a block document's name, or a block.
         inputs: the arguments of the task's call.
@@ -99,8 +106,10 @@ class JobRequest:
     reporter: Reporter
     connection: Any = "default"
     plugin: str | None = None
+    nth: int = 0
+    attempt: int = 1
     inputs: Mapping[str, Any] = field(default_factory=_nothing)
-    options: Overrides = Overrides()
+    options: Overrides = NO_OVERRIDES
     trace: Context = field(default_factory=here, repr=False, compare=False)
 
 

@@ -11,7 +11,7 @@ import anyio
 from prefect_webapi.contract.errors import LedgerError
 from prefect_webapi.contract.keys import JobKey
 from prefect_webapi.contract.phase import Phase, PhaseInfo
-from prefect_webapi.ledger.records import JobState, Move, MoveResult, Record, Step
+from prefect_webapi.ledger.records import JobState, Move, MoveResult, Record
 
 if TYPE_CHECKING:
     from prefect_webapi.engine.runtime import Runtime
@@ -55,14 +55,13 @@ async def _take_back(services: Services, key: JobKey, reason: str, patience: flo
         return
     now, info = services.clock.now(), record.details.phase
     ended = PhaseInfo.aborted(reason, info=info.info) if info else PhaseInfo.aborted(reason)
-    step = Step(name=Phase.ABORTED.name, at=now, reason=reason)
     details = replace(
         record.details,
         phase=ended,
         outputs=None,
         stopped_by_us=True,
         last_error=reason,
-        steps=(*record.details.steps, step),
+        steps=record.details.steps.then(Phase.ABORTED.name, now, reason),
     )
     move = Move(old=record, state=record.state, at=now, details=details)
     if await services.store.move(move) is MoveResult.LOST:  # a second call took it over

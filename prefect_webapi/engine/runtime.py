@@ -31,6 +31,7 @@ from prefect_webapi.contract.errors import (
 from prefect_webapi.contract.keys import Fingerprint, JobKey
 from prefect_webapi.contract.phase import Phase, PhaseInfo
 from prefect_webapi.engine.adapters import handle_adapter
+from prefect_webapi.engine.call import Call
 from prefect_webapi.engine.calls import Calls, can_clear_up, is_sync
 from prefect_webapi.engine.cancel import ask_to_end
 from prefect_webapi.engine.channels import Channel, Channels
@@ -47,7 +48,7 @@ from prefect_webapi.engine.handover import (
     spec_of,
     take_over,
 )
-from prefect_webapi.engine.job import Call, Ending, Job, note_lease, persist
+from prefect_webapi.engine.job import Ending, Job, note_lease, persist
 from prefect_webapi.engine.liveness import BEAT_EVERY
 from prefect_webapi.engine.lobby import Lobby
 from prefect_webapi.engine.machine import Event
@@ -118,6 +119,7 @@ class Runtime:
         self._stop = asyncio.Event()
         self._performing: set[concurrent.futures.Future[Any]] = set()
         self._closing = False
+        self._is_called = False
         self._is_over = False
         self._settling = 0
         self._has_told_paces = False
@@ -136,6 +138,7 @@ class Runtime:
         try:
             await services.store.beat(self._me)
             services.pulse.last = self._me.last_beat
+            await self._others.look()
             self._durations = Durations(await services.store.durations())
             async with services.quotas, anyio.create_task_group() as self._tasks:
                 self._channels = Channels(services, self._calls, self._tasks, self._observe)
@@ -172,6 +175,9 @@ class Runtime:
     def hand_in(self, loop: asyncio.AbstractEventLoop, action: Callable[[], None]) -> None:
         """As `post`, from any thread. What comes when the runtime is over is done all the same, and finds nothing."""
         self._inbox.append(action)  # first: whoever is last to look does it
+        if self._is_called and not self._is_over:
+            return  # the mail is about to be read
+        self._is_called = True
         try:
             loop.call_soon_threadsafe(self._wake)
         except RuntimeError:  # the loop has closed
@@ -197,6 +203,7 @@ class Runtime:
         while True:
             await self._mail.wait()
             self._mail.clear()
+            self._is_called = False  # before the first letter is taken: a later one calls again
             while self._inbox:
                 for _ in range(min(READ_AT_ONCE, len(self._inbox))):
                     self._inbox.popleft()()
@@ -444,7 +451,7 @@ class Runtime:
             )
 
     def _job_of(self, call: Call) -> Job | None:
-        job = call.job
+        job: Job | None = call.job
         return job if job is not None and self._jobs.get(job.record.key) is job else None
 
     def _let_in(self, call: Call) -> None:
@@ -462,8 +469,7 @@ class Runtime:
             call.fail(error)
         finally:
             if call.job is None:  # else `_attach` did so; and who lost that job enters anew
-                self._entering.discard(call)
-                self._ended.pop(call, None)
+                self._has_entered(call)
 
     async def _find_or_make(self, call: Call, found: Callable[[], None]) -> None:
         """From a call to its job. `found()`: its record is there, what follows may last."""
@@ -472,6 +478,7 @@ class Runtime:
         loaded = await services.plugins.get(request.task_type, request.plugin, request.connection)
         channel = await self._channels.open(loaded)
         draft = await draft_for(services, self._calls, self._channels, channel, request)
+        draft = replace(draft, heir_of=self._others.gone)
         fault_point("KP-01")
         while call.is_waiting or call in self._ended:
             drawn = await services.store.intent(draft)
@@ -498,7 +505,7 @@ class Runtime:
                 is_of_another = outermost_run(record) != outermost_run(request.caller)
                 call.answer(replace(outcome, is_of_another_run=is_of_another))
                 return
-            if not drawn.made:
+            if not drawn.made and not drawn.taken:
                 if await self._others.drive(record):
                     outcome = await self._others.follow(
                         record, call, partial(self._ended.get, call)
@@ -513,22 +520,28 @@ class Runtime:
                 if taken is None:
                     continue
                 record = taken
-                if record.details.orphaned:  # it is being ended; then this call gets another
-                    ending = self._swept(record, loaded)
-                    self._tasks.start_soon(partial(self._drive, ending, channel, made=False))
-                    continue
+            if record.details.orphaned and not drawn.made:  # it ends; then this call gets another
+                ending = self._swept(record, loaded)
+                self._tasks.start_soon(partial(self._drive, ending, channel, made=False))
+                continue
             job = Job(services, record, request, loaded)
             await self._drive(job, channel, made=drawn.made, call=call)
             return
 
     def _attach(self, call: Call, job: Job) -> None:
         job.serve(call)
-        self._entering.discard(call)
-        ended = self._ended.pop(call, None)
+        ended = self._has_entered(call)
         if ended is not None and call.is_waiting:
             self._end_call(call, ended)
         elif ended is not None and not job.is_awaited:
             self.end(job, ended)
+
+    def _has_entered(self, call: Call) -> Ending | None:
+        """It has met its job, or its end. Why it was to end meanwhile, if somebody said so."""
+        self._entering.discard(call)
+        if not self._entering:
+            self._entering = set()  # one that held thousands keeps their room
+        return self._ended.pop(call, None)
 
     # --- driving -----------------------------------------------------------------------------
 
@@ -582,8 +595,8 @@ class Runtime:
             info = PhaseInfo.not_ready(
                 f"this process tracks {channel.capacity.size} jobs of this connection (caching.size); waiting"
             )
-            job.request.reporter.phase(job.record, info, waiting_for_quota=False)
-        job.note("ADMITTED", self._services.clock.now())
+            job.report(info)
+        job.note("ADMITTED", job.record.created_at if made else self._services.clock.now())
 
         async def be_tracked() -> None:
             await channel.capacity.take()
@@ -596,7 +609,8 @@ class Runtime:
         match job.record.state:
             case JobState.CREATED | JobState.CANCELLING:
                 self._resume(job)
-                self._observer.watch(job)  # it may end by itself while its delete fails
+                # It may end by itself while its delete fails.
+                self._observer.watch(job, is_resumed=job.record.state is JobState.CREATED)
                 if job.record.state is JobState.CANCELLING:
                     job.ending = job.orphaned or Ending(job.record.cancel_reason or "cancelled")
                 if job.ending is not None:
@@ -641,7 +655,7 @@ class Runtime:
         """The job exists: report it, judge what create told, have it read."""
         info = PhaseInfo.queued()
         job.told(info)
-        job.request.reporter.phase(job.record, info, waiting_for_quota=False)
+        job.report(info)
         if snapshot is not None and await self._observer.judge_first(job, snapshot):
             return
         if job.handle is None:

@@ -145,7 +145,7 @@ async def _take_place(services: Services, job: Job) -> None:
         job.note("WAITING_FOR_RESOURCES", since, told)
         info = PhaseInfo.waiting_for_resources(told)
         job.told(info)
-        job.request.reporter.phase(job.record, info, waiting_for_quota=True)
+        job.report(info, waiting_for_quota=True)
 
     fault_point("KP-02")
     await services.quotas.acquire(
@@ -242,11 +242,7 @@ async def _create(services: Services, calls: Calls, job: Job, *, unsent: bool) -
                     delay = back_off(max(1, failed), settings.retry_base, settings.retry_cap)
                     if isinstance(error, Throttled):
                         delay = 0.0  # the gate is closed for as long as the service asked
-                        job.request.reporter.phase(
-                            job.record,
-                            PhaseInfo.not_ready(f"the service throttles: {error.message}"),
-                            waiting_for_quota=False,
-                        )
+                        job.report(PhaseInfo.not_ready(f"the service throttles: {error.message}"))
                     await job.unless_ending(partial(services.clock.sleep, delay))
                     if verdict.may_exist and searches and promise != "key":
                         found = await _find(services, calls, job)
@@ -313,7 +309,9 @@ async def _adopt(
     made_at = services.clock.now()
     job.note("QUEUED", made_at)
     try:
-        await persist(services, job, Event.HANDLE_KNOWN, handle=text, created_remotely_at=made_at)
+        await persist(
+            services, job, Event.HANDLE_KNOWN, at=made_at, handle=text, created_remotely_at=made_at
+        )
     except LedgerUnavailable:
         await _undo(calls, job, "its handle could not be written to the ledger")
         raise

@@ -12,7 +12,7 @@ import asyncio
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 from sqlalchemy import Connection, Row, TextClause
@@ -64,25 +64,7 @@ class Shift:
     answer: MoveResult | LedgerError | None = None
 
     def __post_init__(self) -> None:
-        move, old = self.move, self.move.old
-        reason, details = move.cancel_reason, move.details
-        self.columns = {
-            "key": old.key,
-            "was": old.state,
-            "had": old.fence,
-            "state": move.state,
-            "fence": old.fence + 1 if move.take_over else old.fence,
-            "runtime": move.runtime,
-            "flow_run": None if move.runs is None else move.runs[0],
-            "root_run": None if move.runs is None else move.runs[1],
-            "task_run": None if move.runs is None else move.runs[2],
-            "handle": move.handle,
-            "cancel_reason": None if reason is None else plain_text(reason),
-            "counted": None,
-            "failed": None if details is None else int(has_failed(details)),
-            "updated_at": micros(move.at),
-            "details": None if details is None else details.to_json(),
-        }
+        self.columns = _columns(self.move)
 
     @property
     def counts(self) -> bool:
@@ -103,6 +85,27 @@ class Shift:
 
 
 Operation: TypeAlias = Intent | Shift
+
+
+def _columns(move: Move) -> dict[str, Any]:
+    old, reason, details = move.old, move.cancel_reason, move.details
+    return {
+        "key": old.key,
+        "was": old.state,
+        "had": old.fence,
+        "state": move.state,
+        "fence": old.fence + 1 if move.take_over else old.fence,
+        "runtime": move.runtime,
+        "flow_run": None if move.runs is None else move.runs[0],
+        "root_run": None if move.runs is None else move.runs[1],
+        "task_run": None if move.runs is None else move.runs[2],
+        "handle": move.handle,
+        "cancel_reason": None if reason is None else plain_text(reason),
+        "counted": None,
+        "failed": None if details is None else int(has_failed(details)),
+        "updated_at": micros(move.at),
+        "details": None if details is None else details.to_json(),
+    }
 
 
 def _fetch(conn: Connection, statement: TextClause, values: Iterable[Mapping[str, Any]]) -> Rows:
@@ -150,6 +153,7 @@ def _draw(
         (row.base, row.ordinal): row for row in _fetch(conn, sql.records, places.values())
     }
     made: dict[JobKey, Record] = {}
+    left: dict[Intent, Record] = {}
     for intent in intents:
         draft, place = intent.draft, (intent.draft.base, ordinals[intent])
         found = newest.get(place)
@@ -166,8 +170,12 @@ def _draw(
                 intent.answer = exc
             else:
                 intent.answer = Drawn(record, made=repeated and _was_made_for(draft, record))
+                if _inherits(draft, record):
+                    left[intent] = record
     if made:
         _apply(conn, sql.insert_jobs, map(row_of, made.values()))
+    if left:
+        _take_over(conn, sql, left)
 
 
 def _is_done_with(newest: Row[Any] | Record, draft: Draft) -> bool:
@@ -180,6 +188,40 @@ def _is_done_with(newest: Row[Any] | Record, draft: Draft) -> bool:
     if failed:
         return was_delivered or draft.is_retry
     return was_delivered and not draft.reuse_results
+
+
+def _inherits(draft: Draft, record: Record) -> bool:
+    is_the_same = record.fingerprint == draft.fingerprint  # else the call has no right to it
+    return record.runtime in draft.heir_of and not record.state.is_over and is_the_same
+
+
+def _take_over(conn: Connection, sql: Statements, left: Mapping[Intent, Record]) -> None:
+    """Make those who ask the owners of jobs that were left behind; who is too late is told of the job as it was."""
+    moves = {intent: _taking(intent.draft, record) for intent, record in left.items()}
+    changed = {row.key for row in _fetch(conn, sql.update_jobs, map(_columns, moves.values()))}
+    for intent, old in left.items():
+        if old.key in changed:
+            draft = intent.draft
+            record = replace(
+                old,
+                fence=old.fence + 1,
+                runtime=draft.runtime,
+                flow_run=draft.flow_run,
+                root_run=draft.root_run,
+                task_run=draft.owner_task_run,
+            )
+            intent.answer = Drawn(record, made=False, taken=True)
+
+
+def _taking(draft: Draft, record: Record) -> Move:
+    return Move(
+        old=record,
+        state=record.state,
+        at=record.updated_at,
+        take_over=True,
+        runtime=draft.runtime,
+        runs=(draft.flow_run, draft.root_run, draft.owner_task_run),
+    )
 
 
 def _was_made_for(draft: Draft, record: Record) -> bool:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import Enum, StrEnum
-from typing import Annotated, Any
+from itertools import chain
+from typing import Annotated, Any, overload
 
-from pydantic import BeforeValidator, TypeAdapter
-from pydantic_core import to_json
+from pydantic import BeforeValidator, GetCoreSchemaHandler, TypeAdapter
+from pydantic_core import CoreSchema, PydanticSerializationError, to_json
+from pydantic_core.core_schema import no_info_after_validator_function
 
 from prefect_webapi.contract.keys import Base, Fingerprint, JobKey
 from prefect_webapi.contract.phase import PhaseInfo
@@ -30,6 +32,7 @@ __all__ = [
     "Record",
     "RuntimeRow",
     "Step",
+    "Steps",
 ]
 
 FORMAT = 1
@@ -105,6 +108,63 @@ class Step:
     reason: str = ""
 
 
+KEPT_STEPS = 25
+"""So many of a job's first steps are kept, and so many of its last."""
+
+
+class Steps(Sequence[Step]):
+    """A job's history for people, oldest first: a service may go to and fro between two phases for days.
+
+    One flat tuple: a process keeps the steps of each of its live jobs.
+    """
+
+    __slots__ = ("_flat",)
+
+    def __init__(self, steps: Iterable[Step] = ()) -> None:
+        parts = [(step.name, step.at, step.reason) for step in steps]
+        self._flat: tuple[Any, ...] = tuple(chain.from_iterable(parts))
+
+    def then(self, name: str, at: datetime, reason: str = "") -> Steps:
+        """With one more. A phase that repeats is not a new step, and of a long history the middle is left out."""
+        if self._flat and self._flat[-3] == name:
+            return self
+        longer, kept = Steps(), 3 * KEPT_STEPS
+        flat = (*self._flat, name, at, reason)
+        longer._flat = (*flat[:kept], *flat[-kept:]) if len(flat) > 2 * kept else flat
+        return longer
+
+    def __len__(self) -> int:
+        return len(self._flat) // 3
+
+    @overload
+    def __getitem__(self, index: int) -> Step: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Steps: ...
+
+    def __getitem__(self, index: int | slice) -> Step | Steps:
+        if isinstance(index, slice):
+            return Steps([self[place] for place in range(*index.indices(len(self)))])
+        name, at, reason = self._flat[3 * range(len(self))[index] :][:3]
+        return Step(name=name, at=at, reason=reason)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Steps) and self._flat == other._flat
+
+    def __hash__(self) -> int:
+        return hash(self._flat)
+
+    def __repr__(self) -> str:
+        return f"Steps({list(self)})"
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return no_info_after_validator_function(cls, handler(list[Step]))
+
+
+NO_STEPS = Steps()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Details:
     """The part of a record that only its owner and people read; stored as one JSON document.
@@ -140,10 +200,11 @@ class Details:
     stopped_by_us: bool = False
     orphaned: bool = False
     spec: JsonText | None = None
-    steps: tuple[Step, ...] = ()
+    steps: Steps = NO_STEPS
 
     def to_json(self) -> str:
-        return to_json(self, inf_nan_mode="constants").decode()  # a result may be no number
+        # A result may be no number.
+        return to_json(self, inf_nan_mode="constants", fallback=_plain).decode()
 
     @classmethod
     def from_json(cls, text: str) -> Details:
@@ -153,6 +214,12 @@ class Details:
             ValidationError: it is no such document.
         """
         return _DETAILS.validate_json(text)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Steps):
+        return list(value)
+    raise PydanticSerializationError(f"Unable to serialize unknown type: {type(value)}")
 
 
 _DETAILS = TypeAdapter(Details)
@@ -208,6 +275,8 @@ class Draft:
         is_retry: a Prefect retry of this task run: its former attempt was delivered.
         reuse_results: a delivered success may be handed out again.
         pinned: the user gave the idempotency key: ordinal 0, no claims.
+        heir_of: ids of processes that have ended: a job that one of them drove is taken over with this, for the runs
+            of the call.
         state: INTENT, SLOT_REQUESTED or CREATING (collapsed where nothing leaves in between).
         task_run: claims' key; empty outside a flow run is allowed only if `nth` is unique.
     """
@@ -234,14 +303,21 @@ class Draft:
     deadline: datetime | None
     at: datetime
     details: Details
+    heir_of: Collection[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """The record a call got. `made`: it is new, so nobody has acted for it yet."""
+    """The record a call got.
+
+    Attributes:
+        made: it is new, so nobody has acted for it yet.
+        taken: it is a job that a process has left behind, and this one's from now on.
+    """
 
     record: Record
     made: bool
+    taken: bool = False
 
 
 class MoveResult(Enum):

@@ -25,6 +25,8 @@ from prefect_webapi.engine.faults import fault_point
 from prefect_webapi.engine.host import Host
 from prefect_webapi.engine.liveness import this_process
 from prefect_webapi.engine.request import (
+    NO_OVERRIDES,
+    NOTHING,
     Caller,
     Fate,
     JobRequest,
@@ -277,17 +279,17 @@ def request(
             run_key=run_key or run,
             execution=execution,
             task_run=task_run or f"{execution}/{task}/{id(spec)}",
-            nth=nth,
-            levels=levels or {},
+            levels=levels or NOTHING,
             flow_run=run,
             root_run=run,
-            attempt=attempt,
             max_attempts=max_attempts,
             idempotency_key=idempotency_key,
-            labels=labels or {},
+            labels=labels or NOTHING,
         ),
         reporter=reporter or Told(),
         connection=connection,
-        options=options or Overrides(),
-        inputs=inputs or {},
+        nth=nth,
+        attempt=attempt,
+        options=options or NO_OVERRIDES,
+        inputs=inputs or NOTHING,
     )

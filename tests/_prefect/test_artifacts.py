@@ -18,6 +18,7 @@ from prefect_webapi._prefect.cards import Story, card
 from prefect_webapi.cli.views import job_data
 from prefect_webapi.contract.phase import PhaseInfo, TaskInfo, TaskLog
 from prefect_webapi.engine.job import Job
+from prefect_webapi.ledger.records import Steps
 from prefect_webapi_aws import Athena
 from prefect_webapi_aws.athena import AthenaPlugin
 from prefect_webapi_aws.athena_models import Query, QueryHandle
@@ -78,7 +79,7 @@ def test_what_only_a_plugin_can_read_of_a_handle_is_shown_to_nobody() -> None:
 def test_a_job_that_goes_to_and_fro_has_a_bounded_history() -> None:
     """Its card shows the end of it, its record the beginning too."""
     seen, job = story(), object.__new__(Job)
-    job.steps = ()
+    job.steps = Steps()
     for n in range(1000):
         name = ("QUEUED", "WAITING_FOR_RESOURCES")[n % 2]
         seen.note(name, NOW + timedelta(seconds=n), "")

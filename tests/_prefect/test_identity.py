@@ -11,6 +11,7 @@ from prefect.context import ContextModel, FlowRunContext, TagsContext, TaskRunCo
 
 from prefect_webapi._prefect.identity import (
     Chain,
+    attempt_of,
     caller,
     chain_here,
     enclosing,
@@ -165,9 +166,12 @@ def test_a_retried_flow_is_another_execution(prefect_api: PrefectServer) -> None
 # --- the run key ------------------------------------------------------------------------------------------
 
 
+def second_run(**more: Any) -> TaskRun:
+    return TaskRun(task_key="t", dynamic_key="0", id=uuid4(), run_count=2, **more)
+
+
 def make_caller(chain: Chain, setting: str | None = None, **more: Any) -> Any:
-    run = TaskRun(task_key="t", dynamic_key="0", id=uuid4(), run_count=2, **more)
-    return caller(run, chain=chain, run_key=setting, retries=3)
+    return caller(second_run(**more), chain=chain, run_key=setting, retries=3)
 
 
 def test_the_run_key_is_the_root_run_or_outside_a_flow_the_task_run() -> None:
@@ -175,7 +179,7 @@ def test_the_run_key_is_the_root_run_or_outside_a_flow_the_task_run() -> None:
     assert make_caller(Chain(execution="e", root_run="r")).run_key == "r"
     outside = make_caller(Chain(execution="e"))
     assert outside.run_key == outside.task_run
-    assert (outside.attempt, outside.max_attempts) == (2, 4)
+    assert (attempt_of(second_run()), outside.max_attempts) == (2, 4)
 
 
 def test_a_given_run_key_names_the_root_flow_and_wins_over_the_setting() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from prefect_webapi.contract.keys import JobKey
 from prefect_webapi.contract.phase import PhaseInfo, TaskInfo, TaskLog
-from prefect_webapi.ledger.records import Details, JobState, Outputs, Pace, Step
+from prefect_webapi.ledger.records import Details, JobState, Outputs, Pace, Steps
 from prefect_webapi.ledger.store import Store
 from tests.cli.command import Command, command_for
 from tests.support.ledger import another_store, draft_for, moved, sqlite_url
@@ -66,11 +66,10 @@ async def _good(store: Store) -> JobKey:
         tries=1,
         phase=PhaseInfo.success(info=PAGE),
         outputs=Outputs(value={"rows": 12}),
-        steps=(
-            Step(name="QUEUED", at=NOON),
-            Step(name="RUNNING", at=NOON + timedelta(seconds=3)),
-            Step(name="SUCCESS", at=NOON + timedelta(minutes=2, seconds=3)),
-        ),
+        steps=Steps()
+        .then("QUEUED", NOON)
+        .then("RUNNING", NOON + timedelta(seconds=3))
+        .then("SUCCESS", NOON + timedelta(minutes=2, seconds=3)),
     )
     return (await moved(store, record, JobState.OVER, JobState.CLOSED, details=over)).key
 

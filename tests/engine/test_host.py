@@ -293,12 +293,12 @@ def test_a_fork_while_a_call_is_answered_keeps_no_lock() -> None:
     """Who held it goes on in the parent only."""
     script = """
 import os, signal
-from prefect_webapi.engine import job
-job._answering.acquire()
+from prefect_webapi.engine import call
+call._answering.acquire()
 child = os.fork()
 if child == 0:
     signal.alarm(10)
-    job.Call(None).when_over(lambda: None)
+    call.Call(None, print).when_over(lambda: None)
     os._exit(0)
 raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """

@@ -10,7 +10,10 @@ from typing import Any, ClassVar
 import pytest
 
 from prefect_webapi import CreateResult, Phase, ResourceRequirements, TaskExecutionContextReader
+from prefect_webapi.engine.host import Host, Ticket
 from prefect_webapi.engine.request import Overrides
+from prefect_webapi.ledger.records import Move, MoveResult
+from prefect_webapi.ledger.sql import SqlStore
 from prefect_webapi.testing import EmbeddedJobServer
 from prefect_webapi_jobserver import ReportJob
 from prefect_webapi_jobserver.models import JobHandle, JobView
@@ -22,6 +25,42 @@ from tests.support.waiting import eventually
 pytestmark = pytest.mark.usefixtures("each_ledger")
 
 SPEC = ReportJob(seconds=0.1, result="once")
+
+
+async def test_a_restart_takes_its_jobs_over_as_it_asks_for_them(
+    job_server: EmbeddedJobServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The write that finds a job makes it this process's: none of the thousands is asked for twice."""
+    specs = [ReportJob(outcome="never", day=n, result="kept") for n in range(20)]
+
+    def calls(host: Host, execution: str) -> list[Ticket]:
+        return [
+            host.admit(request(spec, task_type="keys", execution=execution, task_run=execution))
+            for spec in specs
+        ]
+
+    with at(tmp_path, job_server, sweeps=False) as host:
+        calls(host, "1")
+        await eventually(lambda: job_server.stats().created == 20, within=10)
+    moves = list[Move]()
+    monkeypatch.setattr(SqlStore, "move", _noted(SqlStore.move, moves))
+    with at(tmp_path, job_server, sweeps=False) as host:
+        tickets = calls(host, "2")
+        for job in job_server.jobs():
+            job_server.end(job.name, "succeeded")
+        outcomes = await asyncio.gather(*(ticket.outcome() for ticket in tickets))
+    assert {outcome.value.data for outcome in outcomes} == {"kept"}
+    assert job_server.stats().created == 20
+    assert len(moves) == 40  # each job's end, and that it was told
+    assert not any(move.take_over for move in moves)
+
+
+def _noted(move: Any, moves: list[Move]) -> Any:
+    async def noted(store: SqlStore, asked: Move) -> MoveResult:
+        moves.append(asked)
+        return await move(store, asked)
+
+    return noted
 
 
 @pytest.mark.parametrize(("reuse", "jobs"), [(None, 1), (True, 1), (False, 2)])

@@ -12,8 +12,9 @@ import pytest
 
 from prefect_webapi import Phase, PluginEntry
 from prefect_webapi.contract.keys import JobKey
+from prefect_webapi.engine.call import Call
 from prefect_webapi.engine.faults import arm
-from prefect_webapi.engine.job import Call, Ending
+from prefect_webapi.engine.job import Ending
 from prefect_webapi.engine.reaper import Action, SweepReport, sweep
 from prefect_webapi.engine.request import Fate, Overrides, RunState
 from prefect_webapi.engine.runtime import Runtime
@@ -366,7 +367,8 @@ async def test_a_call_that_comes_while_the_end_of_a_swept_job_is_kept_gets_its_r
         def come(place: str) -> None:
             if place == "KP-14":
                 arm(None)
-                call = Call(request(spec, task_type="keys", execution="execution-2"))
+                asked = request(spec, task_type="keys", execution="execution-2")
+                call = Call(asked, host.post)
                 engine = runtimes[0]
                 job = engine._jobs[record.key]  # pyright: ignore[reportPrivateUsage] - at this very moment
                 engine._attach(call, job)  # pyright: ignore[reportPrivateUsage]

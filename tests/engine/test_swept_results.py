@@ -20,9 +20,9 @@ from prefect_webapi import (
     TaskExecutionContextReader,
     path,
 )
+from prefect_webapi.engine.call import Call
 from prefect_webapi.engine.faults import arm
 from prefect_webapi.engine.host import Host
-from prefect_webapi.engine.job import Call
 from prefect_webapi.engine.reaper import sweep
 from prefect_webapi.engine.runtime import Runtime
 from prefect_webapi.ledger.records import JobState, Record
@@ -90,9 +90,13 @@ async def left_over(
     return record
 
 
+def _unheard(say: object) -> None:
+    """The caller says nothing."""
+
+
 def come(runtime: Runtime, record: Record) -> Call:
     """A call comes to a swept job, at this very moment."""
-    call = Call(request(Query(sql="x"), task_type="queries"))
+    call = Call(request(Query(sql="x"), task_type="queries"), _unheard)
     runtime._attach(call, runtime._jobs[record.key])  # pyright: ignore[reportPrivateUsage]
     return call
 

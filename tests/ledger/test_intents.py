@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 
 from prefect_webapi.contract.errors import LedgerError
-from prefect_webapi.contract.keys import job_key
+from prefect_webapi.contract.keys import Fingerprint, job_key
 from prefect_webapi.contract.phase import PhaseInfo
 from prefect_webapi.ledger.records import Details, Drawn, JobState, Record
 from prefect_webapi.ledger.sql import SqlStore
@@ -233,3 +234,82 @@ async def test_a_draft_that_no_data_base_takes_hurts_only_itself(store: SqlStore
     assert isinstance(bad, LedgerError)
     assert all(isinstance(d, Drawn) and d.made for d in drawn)
     assert len(await store.select()) == 8
+
+
+# --- what a dead process has left ------------------------------------------------------------------
+
+
+HEIR: dict[str, Any] = {
+    "execution": "execution-2",
+    "runtime": "runtime-2",
+    "flow_run": "flow-run-2",
+    "root_run": "root-run-2",
+    "owner_task_run": "task-run-2",
+    "heir_of": {"runtime-1"},
+}
+"""A second execution's call, in a process that knows that the first one's has ended."""
+
+
+async def left(store: SqlStore, state: JobState = JobState.CREATED, **changes: Any) -> Record:
+    drawn = await store.intent(draft_for(**changes))
+    return await moved(store, drawn.record, state, details=Details(tries=1))
+
+
+async def test_a_job_that_was_left_is_taken_over_by_who_asks_for_it(store: SqlStore) -> None:
+    """One write for the identity and the ownership: a restart asks for thousands."""
+    old = await left(store)
+    drawn = await store.intent(draft_for(**HEIR))
+    assert (drawn.made, drawn.taken) == (False, True)
+    assert drawn.record == await store.get(old.key)
+    assert drawn.record == replace(
+        old,
+        fence=old.fence + 1,
+        runtime="runtime-2",
+        flow_run="flow-run-2",
+        root_run="root-run-2",
+        task_run="task-run-2",
+    )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"heir_of": {"another"}}, id="its process lives"),
+        pytest.param(
+            {"fingerprint": Fingerprint("another"), "pinned": True}, id="another spec's, by its key"
+        ),
+    ],
+)
+async def test_a_job_that_is_somebodys_stays_so(store: SqlStore, changes: dict[str, Any]) -> None:
+    old = await left(store, pinned=True)
+    asked: dict[str, Any] = {**HEIR, "pinned": True, **changes}
+    drawn = await store.intent(draft_for(**asked))
+    assert (drawn.made, drawn.taken, drawn.record) == (False, False, old)
+    assert await store.get(old.key) == old
+
+
+async def test_a_job_that_is_over_is_handed_out_and_not_taken(store: SqlStore) -> None:
+    old = await ended(store, JobState.OVER, SUCCESS)
+    drawn = await store.intent(draft_for(**HEIR))
+    assert (drawn.made, drawn.taken, drawn.record) == (False, False, old)
+
+
+async def test_of_two_calls_that_mean_one_job_the_first_takes_it(store: SqlStore) -> None:
+    old = await left(store)
+    drawn = await asyncio.gather(*(store.intent(draft_for(**HEIR)) for _ in range(2)))
+    assert [(d.made, d.taken) for d in drawn] == [(False, True), (False, False)]
+    found = await store.get(old.key)
+    assert found is not None
+    assert found.fence == old.fence + 1
+
+
+async def test_of_two_processes_that_mean_one_job_one_takes_it(
+    store: SqlStore, ledger_url: str
+) -> None:
+    await left(store)
+    async with another_store(ledger_url) as other:
+        drawn = await asyncio.gather(
+            store.intent(draft_for(**HEIR)),
+            other.intent(draft_for(**{**HEIR, "runtime": "runtime-3"})),
+        )
+    assert sorted(d.taken for d in drawn) == [False, True]

@@ -19,7 +19,7 @@ from prefect_webapi.ledger.records import (
     MoveResult,
     Outputs,
     Record,
-    Step,
+    Steps,
 )
 from prefect_webapi.ledger.sql import SqlStore
 from tests.support.ledger import another_store, draft_for, moved
@@ -43,7 +43,7 @@ async def test_a_record_comes_back_exactly_as_it_was_made(store: SqlStore) -> No
         phase=PhaseInfo.running("what\nfor"),
         outputs=Outputs(value={"x": [1, None, 2.5]}),
         lease=Lease(id="lease", until=at),
-        steps=(Step(name="RUNNING", at=at, reason="\0 is text too"),),
+        steps=Steps().then("RUNNING", at, "\0 is text too"),
     )
     draft = draft_for(
         quotas=("limit",), weight=3, deadline=at + timedelta(microseconds=1), at=at, details=details

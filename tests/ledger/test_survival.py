@@ -129,9 +129,9 @@ async def test_a_commit_with_unknown_end_is_done_exactly_once(
         await store.set_quota("limit", 2)
         counted = {"state": JobState.SLOT_REQUESTED, "quotas": ("limit",)}
         drafts = [draft_for(f"counted {n}", **counted) for n in range(3)]
-        drafts += [draft_for(name) for name in ("taken", "moving", "lost")]
+        drafts += [draft_for(name) for name in ("taken", "moving", "lost", "left")]
         drawn = [(await store.intent(draft)).record for draft in drafts]
-        giving, taking, taking_too, taken, moving, lost = drawn
+        giving, taking, taking_too, taken, moving, lost, left = drawn
         giving = await moved(store, giving, JobState.SLOT_HELD, count=1)
         await moved(store, lost, JobState.CREATED)
 
@@ -141,6 +141,7 @@ async def test_a_commit_with_unknown_end_is_done_exactly_once(
             store.intent(draft_for("new", task_run="equal")),
             store.intent(draft_for("new")),
             store.intent(draft_for("taken")),
+            store.intent(draft_for("left", runtime="runtime-2", heir_of={"runtime-1"})),
         )
         moves = [
             Move(old=giving, state=JobState.OVER, at=now(), count=-1),
@@ -151,15 +152,17 @@ async def test_a_commit_with_unknown_end_is_done_exactly_once(
             Move(old=lost, state=JobState.SUSPECT, at=now()),
         ]
         results = await asyncio.gather(*map(store.move, moves))
-        new, equal, same, adopted = await drawing
+        new, equal, same, adopted, inherited = await drawing
         assert wire.broken.is_set()
         assert [d.made for d in (new, equal, same, adopted)] == [True, True, False, False]
         assert [d.record.ordinal for d in (new, equal, same)] == [0, 1, 0]
         assert results == [MoveResult.OK] * 5 + [MoveResult.LOST]
 
         rows = {r.key: r for r in await store.select()}
-        assert len(rows) == 8
+        assert len(rows) == 9
         assert await store.quotas() == [QuotaRow("limit", live=2, limit=2)]
+        assert inherited.record == rows[left.key]
+        assert (rows[left.key].fence, rows[left.key].runtime) == (2, "runtime-2")
         assert (rows[taken.key].fence, rows[taken.key].runtime) == (2, "runtime-2")
         assert (rows[moving.key].state, rows[moving.key].handle) == (JobState.CREATED, '"h"')
         assert rows[lost.key].state is JobState.CREATED
