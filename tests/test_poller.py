@@ -6,14 +6,21 @@ import threading
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import anyio
 import anyio.lowlevel
 import pytest
 
 from prefect_webapi.clock import Clock
-from prefect_webapi.poller import Observation, Poller, ReadingPolicy, Watched, next_delay
+from prefect_webapi.poller import (
+    COMPANY_SLACK,
+    Observation,
+    Poller,
+    ReadingPolicy,
+    Watched,
+    next_delay,
+)
 from tests.support.waiting import eventually
 
 POLICY = ReadingPolicy(initial=1.0, longest=30.0, workers=10)
@@ -123,6 +130,48 @@ async def test_a_job_whose_state_is_known_is_read_after_the_first_gap() -> None:
         bench.poller.watch("a", "a", is_known=True)
         await eventually(lambda: bench.seen, within=2)
         assert bench.of("a")[0] - began >= 0.9 * 0.2
+
+
+def _highest(_: float, high: float) -> float:
+    return high
+
+
+class Still(Clock):
+    """Stands until it is set."""
+
+    now_at = 0.0
+
+    def monotonic(self) -> float:
+        return self.now_at
+
+
+def test_a_job_that_is_nearly_due_is_read_along_with_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of a thousand jobs each would have the process wake up for it alone."""
+    monkeypatch.setattr("prefect_webapi.poller.chance.uniform", _highest)
+    clock, policy = Still(), ReadingPolicy(initial=100.0, longest=100.0, workers=1)
+    poller = Poller(policy, Scripted(fine), cast(Any, None), clock)
+    for clock.now_at, name in ((0.0, "due"), (4.0, "nearly"), (6.0, "later")):
+        poller.watch(name, name, is_known=True)
+    clock.now_at = 99.0
+    assert poller._take() == []  # pyright: ignore[reportPrivateUsage]
+    clock.now_at = 100.0
+    taken = [
+        [watched.token for watched in poller._take(slack)]  # pyright: ignore[reportPrivateUsage]
+        for slack in (0.0, 0.0, COMPANY_SLACK, COMPANY_SLACK)
+    ]
+    assert taken == [["due"], [], ["nearly"], []]
+
+
+def test_the_first_reads_of_many_jobs_are_spread_over_the_first_gap() -> None:
+    """A process that ended may have left a hundred thousand."""
+    clock = Still()
+    poller = Poller(POLICY, Scripted(fine), cast(Any, None), clock)
+    due = sorted(poller.watch(n, n, is_one_of_many=True).due for n in range(500))
+    assert 0 <= due[0] < 0.1
+    assert 0.9 < due[-1] <= POLICY.initial
+    assert 0.3 < due[250] < 0.7
 
 
 @pytest.mark.parametrize(("max_batch", "least"), [(1, 400), (500, 8)])

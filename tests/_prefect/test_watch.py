@@ -248,6 +248,28 @@ async def test_flow_runs_that_are_over_are_forgotten(monkeypatch: pytest.MonkeyP
     assert set(watch._missing) == {str(runs[-1])}  # pyright: ignore[reportPrivateUsage]
 
 
+async def test_only_the_first_call_wakes_the_watch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It looks at all calls each time, and does so soon anyway: with each call it would grow with their square."""
+    looks = list[int]()
+
+    def look(_: Watch, watched: list[Any]) -> None:
+        looks.append(len(watched))
+
+    monkeypatch.setattr(Watch, "_look", look)
+    watch = Watch()
+    runner = asyncio.ensure_future(watch.run(_no_api(), 60, 60))
+    try:
+        await eventually(lambda: looks == [0], within=5)
+        for _ in range(200):
+            watch.add(Call(), [str(uuid4())], uuid4())  # pyright: ignore[reportArgumentType] # a stand-in
+            await asyncio.sleep(0)
+        assert len(looks) < 20
+        await eventually(lambda: looks[-1] == 200, within=5)
+    finally:
+        runner.cancel()
+        await asyncio.gather(runner, return_exceptions=True)
+
+
 def _unheard(number: int, frame: FrameType | None) -> None:
     pass
 

@@ -8,20 +8,28 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import psutil
 import pytest
 
 from prefect_webapi import Phase
+from prefect_webapi.clock import Clock
 from prefect_webapi.contract.errors import EngineClosed, LedgerUnavailable, WebApiError
 from prefect_webapi.engine import host as engine_host
 from prefect_webapi.engine.host import Host
+from prefect_webapi.engine.liveness import this_process
 from prefect_webapi.engine.request import Outcome
 from prefect_webapi.engine.runtime import Runtime
 from prefect_webapi.ledger.records import JobState
 from prefect_webapi.ledger.sql import SqlStore
+from prefect_webapi.metrics import Metrics
 from prefect_webapi.testing import EmbeddedJobServer
 from prefect_webapi_jobserver import ReportJob
 from tests.support.engine import at, request, run
@@ -326,3 +334,41 @@ def test_a_forked_process_gets_an_engine_of_its_own(
     ]
     assert job_server.stats().created == 3
     assert job_server.stats().duplicates == {}
+
+
+class _Loop:
+    """Counts how often it is called from other threads."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.is_closed = False
+
+    def call_soon_threadsafe(self, call: Callable[[], None]) -> None:
+        if self.is_closed:
+            raise RuntimeError("Event loop is closed")
+        self.calls += 1
+        call()
+
+
+async def test_who_posts_while_the_mail_is_about_to_be_read_wakes_nobody() -> None:
+    """Each wake is a write to a socket; a flow may post thousands of letters in one go."""
+    loop, done = _Loop(), list[int]()
+    services: Any = SimpleNamespace(clock=Clock(), metrics=Metrics())
+    runtime = Runtime(services, this_process(datetime.now(UTC)))
+    for n in range(100):
+        runtime.hand_in(cast(Any, loop), partial(done.append, n))
+    assert loop.calls == 1
+    reader = asyncio.ensure_future(runtime._read_mail())  # pyright: ignore[reportPrivateUsage]
+    await eventually(lambda: done == [*range(100)], within=5)
+    runtime.hand_in(cast(Any, loop), partial(done.append, 100))
+    assert loop.calls == 2
+    await eventually(lambda: done[-1] == 100, within=5)
+    reader.cancel()
+    await asyncio.gather(reader, return_exceptions=True)
+    # Nobody reads any more, and what comes now is done by whoever looks last.
+    runtime.hand_in(cast(Any, loop), partial(done.append, 101))
+    runtime.refuse_mail()
+    assert done[-1] == 101
+    loop.is_closed = True
+    runtime.hand_in(cast(Any, loop), partial(done.append, 102))
+    assert done[-1] == 102
