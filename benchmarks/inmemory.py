@@ -132,6 +132,7 @@ class LoopProbe:
     def __init__(self, host: Host) -> None:
         self._host = host
         self.longest = self.longest_cpu = self.collector = self._paused = 0.0
+        self._began: float | None = None
 
     def __enter__(self) -> LoopProbe:
         self._stop = False
@@ -146,16 +147,22 @@ class LoopProbe:
 
     async def _ring(self, runtime: Runtime) -> None:
         while not self._stop:
-            began, cpu, paused = time.perf_counter(), time.thread_time(), self._paused
+            began, cpu, paused = time.perf_counter(), time.thread_time(), self._collected()
             await asyncio.sleep(self.EVERY)
-            late = time.perf_counter() - began - self.EVERY - (self._paused - paused)
+            late = time.perf_counter() - began - self.EVERY - (self._collected() - paused)
             if late > self.longest:
                 self.longest, self.longest_cpu = late, time.thread_time() - cpu
+
+    def _collected(self) -> float:
+        """Seconds of all pauses. After one this thread may run before the collector's own has told that it is over."""
+        began = self._began
+        return self._paused + (0.0 if began is None else time.perf_counter() - began)
 
     def _collecting(self, phase: str, _info: dict[str, int]) -> None:
         if phase == "start":
             self._began = time.perf_counter()
-        else:
+        elif self._began is not None:
             pause = time.perf_counter() - self._began
             self._paused += pause
+            self._began = None
             self.collector = max(self.collector, pause)

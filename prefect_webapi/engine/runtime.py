@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import logging
+import time
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -92,7 +93,7 @@ jobs that were just delivered to be closed."""
 READ_AT_ONCE = 200
 """Letters that are read before others get their turn of the loop."""
 COUNTED_AT_ONCE = 5_000
-"""Jobs that are looked at before others get their turn of the loop."""
+"""Jobs that are looked at before others get their turn of the loop; and so many a second at most."""
 COMING_IN = 200
 """Calls of a connection whose records are looked for at one time: the loop is not held up by them for long."""
 SYNC_GRACE_SECONDS = 0.5
@@ -927,7 +928,7 @@ class Runtime:
     async def _keep_house(self) -> None:
         """Beat, and hear what other processes ask."""
         clock, pulse = self._services.clock, self._services.pulse
-        next_beat = clock.monotonic()
+        next_beat, next_count = clock.monotonic(), 0.0
         while True:
             await anyio.sleep(min(HOUSEKEEPING_SECONDS, clock.real(BEAT_EVERY.total_seconds())))
             try:
@@ -944,7 +945,9 @@ class Runtime:
                         self.end(job, Ending(record.cancel_reason))
             except LedgerError as error:
                 logger.warning("the ledger does not answer: %s", error)
-            await self._gauge()
+            if time.monotonic() >= next_count:
+                next_count = time.monotonic() + len(self._jobs) / COUNTED_AT_ONCE
+                await self._gauge()
 
     async def _keep_durations(self) -> None:
         if durations := self._durations.news():

@@ -25,12 +25,15 @@ from prefect_webapi.ledger.backend import Backend, Trouble, copied
 from prefect_webapi.ledger.records import Draft, Drawn, Move, MoveResult
 from prefect_webapi.ledger.rows import RecordReader
 from prefect_webapi.ledger.statements import Statements
+from prefect_webapi.portions import in_portions
 
 __all__ = ["Writer"]
 
 T = TypeVar("T")
 
 MAX_BATCH = 500
+ANSWERED_AT_ONCE = 250
+"""Answers that are given before others get their turn of the loop: each has its caller go on."""
 REPEATS = 7
 _FIRST_PAUSE_SECONDS = 0.05
 _LONGEST_PAUSE_SECONDS = 1.0
@@ -174,7 +177,7 @@ class Writer:
             await self._commit(operations[:half], is_repeated=attempt.is_repeated)
             await self._commit(operations[half:], is_repeated=attempt.is_repeated)
         else:
-            for operation in operations:
+            async for operation in in_portions(operations, ANSWERED_AT_ONCE):
                 _answer(operation.future, operation.answer)
 
     async def _commit_call(self, call: _Call) -> None:
