@@ -67,10 +67,10 @@ from prefect_webapi.engine.runtime import Runtime
 from prefect_webapi.metrics import Metrics
 from tests.support.engine import engine, request
 
-SIZES, QUICK_SIZES = (100, 1_000, 10_000, 100_000), (500, 1_000)
-GAP_SECONDS, QUICK_GAP_SECONDS = 30, 3
-PROBED_SECONDS = 3.0
-IDLE_SECONDS = 3.0
+SIZES, QUICK_SIZES = (100, 1_000, 10_000, 100_000), (1_000,)
+GAP_SECONDS, QUICK_GAP_SECONDS = 30, 5
+PROBED_SECONDS = 2.0
+IDLE_SECONDS = 2.0
 GIVE_UP_SECONDS = 1_800.0
 SNAPSHOTS = 100_000
 FLAT_FROM, FLAT_TO = 1_000, 100_000
