@@ -52,7 +52,8 @@ class ReadingPolicy:
 class Watched:
     """A job being read. `token` is the receiver's; the poller never looks into it.
 
-    `expected`: the age in seconds that it will hardly end before; 0: nobody knows.
+    `expected`: the age in seconds that it will hardly end before; 0: nobody knows. `is_exact`: its next read is not
+    made before it is due.
     """
 
     __slots__ = (
@@ -63,6 +64,7 @@ class Watched:
         "failures",
         "gap",
         "in_flight",
+        "is_exact",
         "late",
         "token",
         "wanted",
@@ -78,6 +80,7 @@ class Watched:
         self.failures = 0
         self.late = 0.0
         self.in_flight = False
+        self.is_exact = False
         self.wanted = True
 
     def __lt__(self, other: Watched) -> bool:
@@ -200,11 +203,13 @@ class Poller:
         if not watched.wanted or watched.in_flight:
             return
         watched.failures = watched.failures + 1 if failed else 0
+        watched.is_exact = False
         self._push(watched, self._delay(watched, self._clock.monotonic() - watched.born))
 
     def retry_at(self, watched: Watched, delay: float) -> None:
-        """Plan the next read without touching the failure count: a throttled read is no failure."""
+        """Plan the next read without touching the failure count: a throttled read is no failure. It is never early."""
         if watched.wanted and not watched.in_flight:
+            watched.is_exact = True
             self._push(watched, delay)
 
     def forget(self, watched: Watched) -> None:
@@ -309,7 +314,7 @@ class Poller:
         now = self._clock.monotonic()
         while self._heap and len(batch) < self.policy.max_batch:
             watched = self._heap[0]
-            early = watched.gap * (BATCH_SLACK if batch else slack)
+            early = 0.0 if watched.is_exact else watched.gap * (BATCH_SLACK if batch else slack)
             if watched.wanted and watched.due - early > now:
                 break
             heapq.heappop(self._heap)

@@ -164,6 +164,22 @@ def test_a_job_that_is_nearly_due_is_read_along_with_others(
     assert taken == [["due"], [], ["nearly"], []]
 
 
+@pytest.mark.parametrize("max_batch", [1, 10])
+def test_a_read_that_was_put_off_to_a_moment_is_not_early(max_batch: int) -> None:
+    """A job that its service does not know is believed gone after a pause, and not before."""
+    clock = Still()
+    policy = ReadingPolicy(initial=1.0, longest=30.0, workers=1, max_batch=max_batch)
+    poller = Poller(policy, Scripted(fine), cast(Any, None), clock)
+    due, put_off = (poller.watch(name, name) for name in ("due", "put off"))
+    assert poller._take() + poller._take(COMPANY_SLACK)  # pyright: ignore[reportPrivateUsage]
+    for watched, delay in ((due, 100.0), (put_off, 101.0)):
+        watched.in_flight = False
+        poller.retry_at(watched, delay)
+    clock.now_at = 100.0
+    taken = poller._take() + poller._take(COMPANY_SLACK)  # pyright: ignore[reportPrivateUsage]
+    assert taken == [due]
+
+
 def test_the_first_reads_of_many_jobs_are_spread_over_the_first_gap() -> None:
     """A process that ended may have left a hundred thousand."""
     clock = Still()
