@@ -114,6 +114,7 @@ class Watch:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stirred: asyncio.Event | None = None
         self._told = False
+        self._looks_soon = False
         self._reasons: dict[str, str] = {}  # by flow run, whose jobs were told to end
         self._missing: dict[str, float] = {}  # flow run to when it was first missing, monotonic
 
@@ -141,10 +142,10 @@ class Watch:
             leaves_job,
         )
         with self._lock:
-            is_first = not self._watched
             self._watched[id(watched)] = watched
+            looks_soon = self._looks_soon
         self.listen()
-        if is_first:  # else `run` looks at itself soon, at all of them
+        if not looks_soon:  # else at all of them, without being told
             self._stir()
 
         def forget() -> None:
@@ -200,6 +201,7 @@ class Watch:
             while True:
                 with self._lock:
                     watched = list(self._watched.values())
+                    self._looks_soon = bool(watched)
                 self._look(watched)
                 if watched and loop.time() - asked_at >= every_seconds:
                     asked_at = loop.time()

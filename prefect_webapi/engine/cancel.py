@@ -40,7 +40,7 @@ async def ask_to_end(services: Services, calls: Calls, job: Job, ending: Ending)
             stopped_by_us=True,
             orphaned=job.orphaned is ending,
         )
-    job.request.reporter.cancelling(job.whole, ending.reason)
+    job.request.reporter.cancelling(job.shown, ending.reason)
     settings = job.loaded.settings
     tries, silent_until = 0, float("-inf")
     while job.record.state is JobState.CANCELLING and not job.is_left:

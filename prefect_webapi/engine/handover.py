@@ -16,7 +16,7 @@ from prefect_webapi.contract.task import JobSpec
 from prefect_webapi.engine import machine
 from prefect_webapi.engine.call import Call
 from prefect_webapi.engine.job import Ending, slot_of
-from prefect_webapi.engine.liveness import has_ended, is_alive
+from prefect_webapi.engine.liveness import is_alive, is_gone
 from prefect_webapi.engine.machine import Event
 from prefect_webapi.engine.outputs import faults_of, recall
 from prefect_webapi.engine.request import Caller, JobRequest, Outcome, outermost_run
@@ -58,9 +58,9 @@ class Others:
         self.gone = {""}
 
     async def look(self) -> None:
-        """See who has ended: the jobs that they left are taken over as they are asked for."""
+        """See who is gone: the jobs that they left are taken over as they are asked for."""
         rows = await self._services.store.runtimes()
-        self.gone.update(row.id for row in rows if has_ended(row, me=self._me))
+        self.gone.update(row.id for row in rows if is_gone(row, me=self._me))
 
     async def drive(self, record: Record) -> bool:
         """Whether another living process drives this job."""
@@ -79,7 +79,7 @@ class Others:
                     if seen_at - seen[0] < SEEN_SECONDS
                 }
                 self._seen[runtime] = seen_at, lives
-                if row is not None and has_ended(row, me=self._me):
+                if row is not None and is_gone(row, me=self._me):
                     self.gone.add(runtime)
             return lives
 

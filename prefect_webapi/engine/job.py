@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -47,13 +48,15 @@ __all__ = [
     "view_of",
 ]
 
+logger = logging.getLogger(__name__)
+
 LEDGER_PATIENCE = timedelta(minutes=2)
 """How long a write that must not be lost is repeated while the ledger can't be reached."""
 
 
 KEPT_SPEC_BYTES = 64 * 1024
 _LEFT_OUT = ""
-"""In place of a text of the record: no JSON is empty."""
+"""In place of the text of a handle: no JSON is empty."""
 
 
 def kept_spec(spec: JobSpec[Any]) -> str | None:
@@ -226,32 +229,34 @@ class Job:
     def rest(self) -> None:
         """Drop what can be made again: of many thousand jobs most only wait for their next read."""
         self.drop_view()
-        if self._writers or self.handle is None or self.is_swept:
+        if self._writers or self.handle is None:
             return
         record, details = self.record, self.record.details
-        has_texts = record.handle != _LEFT_OUT or details.spec not in (None, _LEFT_OUT)
-        if has_texts or details.steps is not self.steps:
+        text = record.handle
+        if text != _LEFT_OUT and text == self._handle_text():
+            text = _LEFT_OUT
+        if text != record.handle or details.steps is not self.steps:
             # The steps are written with the next move; until then one history is enough.
-            spec = details.spec and _LEFT_OUT
-            lean = replace(details, spec=spec, steps=self.steps)
-            self.record = replace(record, handle=_LEFT_OUT, details=lean)
+            details = replace(details, steps=self.steps)
+            self.record = replace(record, handle=text, details=details)
 
     @property
-    def whole(self) -> Record:
-        """The record with the texts that a job at rest does without: those of its handle and its spec."""
-        record = self.record
-        details = record.details
-        if details.spec == _LEFT_OUT:
-            details = replace(details, spec=kept_spec(self.request.spec))
-            record = replace(record, details=details)
-        if record.handle == _LEFT_OUT:
-            text = handle_adapter(self.loaded).dump_json(self.handle).decode()
-            record = replace(record, handle=text)
-        return record
+    def shown(self) -> Record:
+        """The record with the text of its handle, which a job at rest does without."""
+        if self.record.handle != _LEFT_OUT:
+            return self.record
+        return replace(self.record, handle=self._handle_text() or None)
+
+    def _handle_text(self) -> str:
+        try:
+            return handle_adapter(self.loaded).dump_json(self.handle).decode()
+        except Exception as error:  # noqa: BLE001 - what an author has done to it; this is for display
+            logger.debug("the handle of job %s can't be shown: %s", self.key, type(error).__name__)
+            return ""
 
     def report(self, info: PhaseInfo, *, waiting_for_quota: bool = False) -> None:
         """Tell people how it stands."""
-        self.request.reporter.phase(self.whole, info, waiting_for_quota=waiting_for_quota)
+        self.request.reporter.phase(self.shown, info, waiting_for_quota=waiting_for_quota)
 
     def serve(self, call: Call) -> None:
         """Have a call wait for it. What only the sweeper looked after is this call's from now on."""
@@ -382,7 +387,7 @@ def slot_of(lease: Lease) -> SlotLease:
 async def note_lease(services: Services, job: Job, slot: SlotLease) -> bool:
     """Write down that the job has this lease now; False: the ledger may still name another one."""
     async with job.writing():
-        old, now = job.whole, services.clock.now()
+        old, now = job.record, services.clock.now()
         if old.state.is_over:
             return True
         kept = replace(old.details, lease=lease_of(slot))
@@ -417,7 +422,7 @@ async def try_persist(services: Services, job: Job, event: Event, **details: Any
 
 
 async def _persist(services: Services, job: Job, event: Event, details: dict[str, Any]) -> bool:
-    old = job.whole
+    old = job.record
     state = machine.next_state(old.state, event)
     handle = details.pop("handle", None)
     cancel_reason = details.pop("cancel_reason", None)

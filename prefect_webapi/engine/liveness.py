@@ -11,7 +11,7 @@ import psutil
 
 from prefect_webapi.ledger.records import RuntimeRow
 
-__all__ = ["BEAT_EVERY", "Pulse", "born_at", "has_ended", "is_alive", "this_process"]
+__all__ = ["BEAT_EVERY", "Pulse", "born_at", "is_alive", "is_gone", "this_process"]
 
 BEAT_EVERY = timedelta(seconds=10)
 SILENT_AFTER = timedelta(seconds=30)
@@ -57,20 +57,24 @@ def is_alive(row: RuntimeRow | None, *, me: RuntimeRow, now: datetime) -> bool:
 
     A pid is believed only together with the process's start time: containers begin their pids anew.
     """
-    if row is None or now - row.last_beat > SILENT_AFTER:
+    if row is None or not row.pid or now - row.last_beat > SILENT_AFTER:
         return False
-    return not has_ended(row, me=me)
-
-
-def has_ended(row: RuntimeRow, *, me: RuntimeRow) -> bool:
-    """Whether it is known to have ended, which no later look can change; one that is only silent may come back."""
-    if not row.pid:
-        return True
     if row.host != me.host:
-        return False
+        return True
     try:
         process = psutil.Process(row.pid)
         is_same = abs(born_at(process) - row.born) < _SAME_START_SECONDS
-        return not is_same or process.status() == psutil.STATUS_ZOMBIE
+        return is_same and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
+        return False
+    except psutil.AccessDenied:  # somebody else's: its beats tell
         return True
+
+
+def is_gone(row: RuntimeRow, *, me: RuntimeRow) -> bool:
+    """Whether it has ended for good: no later look can say otherwise.
+
+    One that is silent may come back, and a pid that is in use may be its own: when it was born can be misjudged while
+    the clock is set.
+    """
+    return not row.pid or (row.host == me.host and not psutil.pid_exists(row.pid))

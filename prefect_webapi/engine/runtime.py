@@ -120,7 +120,7 @@ class Runtime:
         self._stop = asyncio.Event()
         self._performing: set[concurrent.futures.Future[Any]] = set()
         self._closing = False
-        self._is_called = False
+        self._reads, self._called_before = 0, -1
         self._is_over = False
         self._settling = 0
         self._has_told_paces = False
@@ -176,13 +176,15 @@ class Runtime:
     def hand_in(self, loop: asyncio.AbstractEventLoop, action: Callable[[], None]) -> None:
         """As `post`, from any thread. What comes when the runtime is over is done all the same, and finds nothing."""
         self._inbox.append(action)  # first: whoever is last to look does it
-        if self._is_called and not self._is_over:
-            return  # the mail is about to be read
-        self._is_called = True
+        reads = self._reads
+        if self._called_before == reads and not self._is_over:
+            return  # somebody has called, and the mail is about to be read
         try:
             loop.call_soon_threadsafe(self._wake)
         except RuntimeError:  # the loop has closed
             self.refuse_mail()
+        # Not sooner: a signal or a time-out may raise at any place here, and then the next letter must call.
+        self._called_before = reads
 
     def _wake(self) -> None:
         if self._is_over:
@@ -204,7 +206,7 @@ class Runtime:
         while True:
             await self._mail.wait()
             self._mail.clear()
-            self._is_called = False  # before the first letter is taken: a later one calls again
+            self._reads += 1  # before the first letter is taken: a later one calls again
             while self._inbox:
                 for _ in range(min(READ_AT_ONCE, len(self._inbox))):
                     self._inbox.popleft()()
@@ -464,6 +466,9 @@ class Runtime:
                 inside.callback(self._come_in, call)
                 await self._find_or_make(call, inside.close)
         except (WebApiError, OSError) as error:
+            self.has_let_go |= isinstance(
+                error, LedgerError
+            )  # what it asked for may have been done
             call.fail(error)
         except Exception as error:
             logger.exception("a call of task %s failed in the engine", call.request.task_name)

@@ -197,8 +197,9 @@ def _inherits(draft: Draft, record: Record) -> bool:
 
 def _take_over(conn: Connection, sql: Statements, left: Mapping[Intent, Record]) -> None:
     """Make those who ask the owners of jobs that were left behind; who is too late is told of the job as it was."""
-    moves = {intent: _taking(intent.draft, record) for intent, record in left.items()}
-    changed = {row.key for row in _fetch(conn, sql.update_jobs, map(_columns, moves.values()))}
+    moves = [_taking(intent.draft, record) for intent, record in left.items()]
+    moves.sort(key=lambda move: move.old.key)  # all processes lock in one order
+    changed = {row.key for row in _fetch(conn, sql.update_jobs, map(_columns, moves))}
     for intent, old in left.items():
         if old.key in changed:
             draft = intent.draft

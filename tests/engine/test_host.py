@@ -342,10 +342,13 @@ class _Loop:
     def __init__(self) -> None:
         self.calls = 0
         self.is_closed = False
+        self.raises: BaseException | None = None
 
     def call_soon_threadsafe(self, call: Callable[[], None]) -> None:
         if self.is_closed:
             raise RuntimeError("Event loop is closed")
+        if self.raises is not None:
+            raise self.raises
         self.calls += 1
         call()
 
@@ -363,6 +366,13 @@ async def test_who_posts_while_the_mail_is_about_to_be_read_wakes_nobody() -> No
     runtime.hand_in(cast(Any, loop), partial(done.append, 100))
     assert loop.calls == 2
     await eventually(lambda: done[-1] == 100, within=5)
+    # A signal that raises in a caller's thread at any place loses no later letter.
+    loop.raises = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        runtime.hand_in(cast(Any, loop), partial(done.append, 7))
+    loop.raises = None
+    runtime.hand_in(cast(Any, loop), partial(done.append, 8))
+    await eventually(lambda: done[-2:] == [7, 8], within=5)
     reader.cancel()
     await asyncio.gather(reader, return_exceptions=True)
     # Nobody reads any more, and what comes now is done by whoever looks last.

@@ -15,7 +15,7 @@ import pytest
 
 from prefect_webapi.clock import Clock
 from prefect_webapi.engine.handover import Others
-from prefect_webapi.engine.liveness import Pulse, born_at, is_alive, this_process
+from prefect_webapi.engine.liveness import Pulse, born_at, is_alive, is_gone, this_process
 from prefect_webapi.ledger.records import RuntimeRow
 from prefect_webapi.ledger.sql import SqlStore
 from tests.support.ledger import draft_for
@@ -79,6 +79,26 @@ def test_a_killed_process_is_dead_before_anybody_has_buried_it() -> None:
     assert psutil.Process(process.pid).status() == psutil.STATUS_ZOMBIE
     process.wait()
     assert not is_alive(row, me=ME, now=NOW)
+
+
+def test_only_what_no_later_look_can_change_counts_as_gone_for_good() -> None:
+    """One that is silent may come back; when a process was born is misjudged while the clock is set."""
+    assert is_gone(replace(ME, pid=0), me=ME)
+    assert is_gone(replace(ME, pid=2**22 + 1), me=ME)
+    assert not is_gone(ME, me=ME)
+    assert not is_gone(replace(ME, born=ME.born - 60), me=ME)
+    assert not is_gone(replace(ME, host="elsewhere", pid=2**22 + 1), me=ME)
+
+
+def test_of_a_process_that_may_not_be_looked_at_the_beats_tell(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def deny(pid: int) -> None:
+        raise psutil.AccessDenied(pid)
+
+    monkeypatch.setattr(psutil, "Process", deny)
+    assert is_alive(ME, me=ME, now=NOW)
+    assert not is_alive(ME, me=ME, now=NOW + timedelta(seconds=31))
 
 
 async def test_what_was_seen_of_processes_long_gone_is_forgotten(

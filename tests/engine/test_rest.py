@@ -36,10 +36,10 @@ def live(runtime: Runtime) -> Sequence[Job]:
     return list(runtime._jobs.values())  # pyright: ignore[reportPrivateUsage] - what it holds is the point
 
 
-async def test_a_job_at_rest_keeps_no_text_and_loses_none(
+async def test_a_job_at_rest_keeps_no_text_of_its_handle_and_loses_none(
     job_server: EmbeddedJobServer, tmp_path: Path
 ) -> None:
-    """Memory: a spec may have 64 KiB. Who is shown the record, and who writes it again, has the whole of it."""
+    """Who is shown the record has its handle, and a write leaves it in the ledger."""
     shown = Shown()
     with at(tmp_path, job_server) as host:
         host.admit(request(SPEC, task_type="keys", reporter=shown))
@@ -47,14 +47,13 @@ async def test_a_job_at_rest_keeps_no_text_and_loses_none(
 
         async def look(runtime: Runtime) -> tuple[Record, Record]:
             [job] = live(runtime)
-            return job.record, job.whole
+            return job.record, job.shown
 
         [written] = await records(tmp_path)
         await eventually(lambda: host.perform(look).result(5)[0].handle == "", within=5)
-        at_rest, whole = host.perform(look).result(5)
-        assert at_rest.details.spec == ""
-        assert (whole.handle, whole.details.spec) == (written.handle, written.details.spec)
-        assert [step.name for step in whole.details.steps] == ["ADMITTED", "QUEUED", "RUNNING"]
+        _, seen = host.perform(look).result(5)
+        assert seen.handle == written.handle
+        assert [step.name for step in seen.details.steps] == ["ADMITTED", "QUEUED", "RUNNING"]
 
         async def want_it_gone(runtime: Runtime) -> Any:
             [job] = live(runtime)
@@ -63,7 +62,35 @@ async def test_a_job_at_rest_keeps_no_text_and_loses_none(
         host.perform(want_it_gone).result(5)
         [record] = await records(tmp_path)
     assert all(each.handle == written.handle for each in shown.records)
-    assert all(each.details.spec == written.details.spec for each in shown.records)
     assert record.state is JobState.CANCELLING
     assert (record.handle, record.details.spec) == (written.handle, written.details.spec)
-    assert record.details.steps == whole.details.steps
+    assert record.details.steps == seen.details.steps
+
+
+class Untold:
+    """What an author has put into a handle that has no JSON form."""
+
+
+async def test_a_handle_that_its_author_has_changed_harms_nobody(
+    job_server: EmbeddedJobServer, tmp_path: Path
+) -> None:
+    """The ledger keeps it as create gave it; what it has become is not shown, and the job ends as any other."""
+    shown = Shown()
+    with at(tmp_path, job_server) as host:
+        ticket = host.admit(request(SPEC, task_type="keys", reporter=shown))
+        await eventually(lambda: "QUEUED" in shown.names, within=10)
+
+        async def change(runtime: Runtime) -> None:
+            [job] = live(runtime)
+            job.rest()
+            job.handle = job.handle.model_copy(update={"name": Untold()})
+            job.report(PhaseInfo.running("on node 7"))
+            job.handle = job.handle.model_copy(update={"name": job_server.jobs()[0].name})
+
+        host.perform(change).result(5)
+        assert shown.records[-1].handle is None
+        job_server.end(job_server.jobs()[0].name, "succeeded")
+        outcome = await ticket.outcome()
+    assert outcome.value.data == "kept"
+    [record] = await records(tmp_path)
+    assert record.handle == shown.records[0].handle
