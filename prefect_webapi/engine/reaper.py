@@ -270,7 +270,11 @@ class _Pass:
         rows = {row.id: row for row in await store.runtimes()}  # after them: it names each owner
         me = self._runtime.me
         living = {row.id: is_alive(row, me=me, now=now) for row in rows.values()}
-        free_records = [record for record in found if not self._is_driven(record, living, now)]
+        free_records = [
+            record
+            async for record in in_portions(found, AT_ONCE)
+            if not self._is_driven(record, living, now)
+        ]
         if any(record.runtime == self._runtime.me.id for record in free_records):
             self._runtime.has_let_go = True
         cases = await self._cases(free_records, rows)
