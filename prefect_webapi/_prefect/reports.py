@@ -29,6 +29,7 @@ from prefect_webapi._prefect import states
 from prefect_webapi._prefect.artifacts import Artifacts, Card
 from prefect_webapi._prefect.cards import Story, links_of
 from prefect_webapi._prefect.events import PHASES, emit_job_event, end_of
+from prefect_webapi._prefect.identity import attempt_of
 from prefect_webapi._prefect.states import Shown
 from prefect_webapi.contract.phase import Phase, PhaseInfo
 from prefect_webapi.engine.request import Outcome
@@ -331,7 +332,7 @@ class TaskRunReporter:
             is_first = story is None
             if story is None:
                 story = self._story = Story(
-                    key, self._task, max(1, self._task_run.run_count), self._max_attempts
+                    key, self._task, attempt_of(self._task_run), self._max_attempts
                 )
                 if record is not None:
                     story.steps.extend(record.details.steps[:-1])  # of earlier runs

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from typing import Any
+
 from prefect_webapi.contract.errors import ConfigurationError, QuotaNotConfigured
 from prefect_webapi.contract.keys import (
     base_of,
@@ -9,10 +12,10 @@ from prefect_webapi.contract.keys import (
     idempotent_base,
     job_key,
 )
-from prefect_webapi.contract.task import ResourceRequirements
+from prefect_webapi.contract.task import JobSpec, ResourceRequirements
 from prefect_webapi.engine.calls import Calls, guarantee
 from prefect_webapi.engine.channels import Channel, Channels, limit_name
-from prefect_webapi.engine.job import kept_spec, view_of
+from prefect_webapi.engine.job import view_of
 from prefect_webapi.engine.request import Caller, JobRequest
 from prefect_webapi.engine.services import Services
 from prefect_webapi.ledger.records import Details, Draft, JobState, Record
@@ -20,11 +23,21 @@ from prefect_webapi.registry import Loaded
 
 __all__ = ["conflict", "draft_for"]
 
+KEPT_SPEC_BYTES = 64 * 1024
+
 
 async def draft_for(
-    services: Services, calls: Calls, channels: Channels, channel: Channel, request: JobRequest
+    services: Services,
+    calls: Calls,
+    channels: Channels,
+    channel: Channel,
+    request: JobRequest,
+    heir_of: Collection[str],
 ) -> Draft:
     """What the ledger is asked for.
+
+    Args:
+        heir_of: ids of processes that have ended, whose jobs the call may take over.
 
     Raises:
         QuotaNotConfigured: the plugin wants a namespace that has no quota.
@@ -85,9 +98,15 @@ async def draft_for(
             namespace=caller.namespace,
             resource_namespace=namespace,
             on_exit=request.options.on_exit,
-            spec=kept_spec(request.spec),
+            spec=_kept(request.spec),
         ),
+        heir_of=heir_of,
     )
+
+
+def _kept(spec: JobSpec[Any]) -> str | None:
+    text = spec.model_dump_json()
+    return text if len(text) <= KEPT_SPEC_BYTES else None
 
 
 def conflict(record: Record) -> ConfigurationError:

@@ -133,14 +133,8 @@ async def take_over(
     Args:
         caller: whose runs own the job from now on; None: nobody's new.
     """
-    move = Move(
-        old=record,
-        state=record.state,
-        at=record.updated_at,
-        take_over=True,
-        runtime=services.runtime_id,
-        runs=None if caller is None else (caller.flow_run, caller.root_run, caller.task_run),
-    )
+    runs = None if caller is None else (caller.flow_run, caller.root_run, caller.task_run)
+    move = Move.taking(record, services.runtime_id, runs)
     if await services.store.move(move) is not MoveResult.OK:
         return None
     taken = await services.store.get(record.key)
@@ -151,8 +145,7 @@ async def take_over(
 
 async def release(services: Services, record: Record) -> None:
     """Say that no process drives this job any more. Nothing happens if another has taken it by now."""
-    move = Move(old=record, state=record.state, at=record.updated_at, take_over=True, runtime="")
-    await services.store.move(move)
+    await services.store.move(Move.taking(record, ""))
 
 
 async def settle(

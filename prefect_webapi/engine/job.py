@@ -17,7 +17,6 @@ from pydantic import SecretStr
 from prefect_webapi.contract.errors import LedgerConflict, LedgerError, LedgerUnavailable
 from prefect_webapi.contract.keys import Fingerprint, JobKey, job_key
 from prefect_webapi.contract.phase import Phase, PhaseInfo, TaskInfo
-from prefect_webapi.contract.task import JobSpec
 from prefect_webapi.engine import machine
 from prefect_webapi.engine.adapters import handle_adapter
 from prefect_webapi.engine.call import Call
@@ -39,7 +38,6 @@ from prefect_webapi.registry import Loaded
 __all__ = [
     "Ending",
     "Job",
-    "kept_spec",
     "lease_of",
     "note_lease",
     "persist",
@@ -54,15 +52,8 @@ LEDGER_PATIENCE = timedelta(minutes=2)
 """How long a write that must not be lost is repeated while the ledger can't be reached."""
 
 
-KEPT_SPEC_BYTES = 64 * 1024
 _LEFT_OUT = ""
 """In place of the text of a handle: no JSON is empty."""
-
-
-def kept_spec(spec: JobSpec[Any]) -> str | None:
-    """A spec as the ledger keeps it; None: it is too large."""
-    text = spec.model_dump_json()
-    return text if len(text) <= KEPT_SPEC_BYTES else None
 
 
 @dataclass(frozen=True, slots=True)

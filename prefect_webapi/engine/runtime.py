@@ -465,10 +465,10 @@ class Runtime:
             with ExitStack() as inside:
                 inside.callback(self._come_in, call)
                 await self._find_or_make(call, inside.close)
+        except LedgerError as error:
+            self.has_let_go = True  # what it asked for may have been done
+            call.fail(error)
         except (WebApiError, OSError) as error:
-            self.has_let_go |= isinstance(
-                error, LedgerError
-            )  # what it asked for may have been done
             call.fail(error)
         except Exception as error:
             logger.exception("a call of task %s failed in the engine", call.request.task_name)
@@ -483,8 +483,9 @@ class Runtime:
         services = self._services
         loaded = await services.plugins.get(request.task_type, request.plugin, request.connection)
         channel = await self._channels.open(loaded)
-        draft = await draft_for(services, self._calls, self._channels, channel, request)
-        draft = replace(draft, heir_of=self._others.gone)
+        draft = await draft_for(
+            services, self._calls, self._channels, channel, request, self._others.gone
+        )
         fault_point("KP-01")
         while call.is_waiting or call in self._ended:
             drawn = await services.store.intent(draft)

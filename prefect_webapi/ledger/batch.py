@@ -215,14 +215,8 @@ def _take_over(conn: Connection, sql: Statements, left: Mapping[Intent, Record])
 
 
 def _taking(draft: Draft, record: Record) -> Move:
-    return Move(
-        old=record,
-        state=record.state,
-        at=record.updated_at,
-        take_over=True,
-        runtime=draft.runtime,
-        runs=(draft.flow_run, draft.root_run, draft.owner_task_run),
-    )
+    runs = (draft.flow_run, draft.root_run, draft.owner_task_run)
+    return Move.taking(record, draft.runtime, runs)
 
 
 def _was_made_for(draft: Draft, record: Record) -> bool:

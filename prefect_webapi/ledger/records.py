@@ -350,6 +350,18 @@ class Move:
     details: Details | None = None
     count: int = 0
 
+    @classmethod
+    def taking(cls, old: Record, runtime: str, runs: tuple[str, str, str] | None = None) -> Move:
+        """Another process drives the job from now on, for these runs; nothing else changes. "": none does."""
+        return cls(
+            old=old,
+            state=old.state,
+            at=old.updated_at,
+            take_over=True,
+            runtime=runtime,
+            runs=runs,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class QuotaRow:
