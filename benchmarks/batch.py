@@ -43,7 +43,7 @@ from tests.support.engine import engine, request
 
 SIZES, QUICK_SIZES = (1_000, 10_000), (1_000,)
 GAP_SECONDS = 5
-LIFE_SECONDS = {1_000: 15.0, 10_000: 45.0}
+LIFE_SECONDS = {1_000: 12.0, 10_000: 45.0}
 READY_SECONDS = 300.0
 CYCLE = "requests per cycle"
 

@@ -6,7 +6,9 @@ Before each case Prefect's server is given the time to store what it was told.
 
 - awaited: N async tasks in one `gather`. - mapped: N sync tasks by `.map`, which Prefect gives a thread each.
 - run_many: N jobs in one task run, against the awaited tasks' CPU per job.
-- requests: the same numbers of creates and reads as the awaited jobs made, in a bare loop over httpx: what their
+- by hand: tasks that create their job and read it once, when it is over: they know how long it takes, write nothing
+  down and limit nothing. So much it takes to ask the service at all.
+- requests: the same numbers of creates and reads as the remote jobs made, in a bare loop over httpx: what their
   requests cost at least.
 - first byte: tasks one after the other, from the call to the create's arrival at the service, against a bare task's
   from the call to its body; ledger writes before the create. CASE-067: 50 ms above the bare task, one write.
@@ -99,6 +101,53 @@ def mapped_remote(jobs: int, url: str) -> Figures:
         job.map(day=list(range(jobs)), seconds=unmapped(seconds)).result()
 
     return _used(jobs, remote, url)
+
+
+def awaited_by_hand(jobs: int, url: str) -> Figures:
+    import httpx
+    from prefect import flow, task
+
+    sent = [create_of(n, SECONDS) for n in range(jobs)]
+
+    @flow
+    async def naps(jobs: int, seconds: float) -> None:
+        gate = asyncio.Semaphore(AT_ONCE)  # httpx's pool is slow where many wait for a connection
+        async with httpx.AsyncClient(base_url=url, trust_env=False) as client:
+
+            @task
+            async def nap(number: int, seconds: float) -> None:
+                path, body = sent[number]
+                async with gate:
+                    (await client.put(path, json=body)).json()
+                await asyncio.sleep(seconds)
+                async with gate:
+                    (await client.get(path)).json()
+
+            await asyncio.gather(*(nap(n, seconds) for n in range(jobs)))
+
+    return _used(jobs, lambda n, seconds: asyncio.run(naps(n, seconds)), url)
+
+
+def mapped_by_hand(jobs: int, url: str) -> Figures:
+    import httpx
+    from prefect import flow, task, unmapped
+
+    sent = [create_of(n, SECONDS) for n in range(jobs)]
+    client = httpx.Client(base_url=url, trust_env=False)
+
+    @task
+    def nap(number: int, seconds: float) -> None:
+        path, body = sent[number]
+        client.put(path, json=body).json()
+        time.sleep(seconds)
+        client.get(path).json()
+
+    @flow
+    def naps(jobs: int, seconds: float) -> None:
+        nap.map(range(jobs), unmapped(seconds)).result()
+
+    with client:
+        return _used(jobs, naps, url)
 
 
 def many(jobs: int, url: str) -> Figures:
@@ -217,6 +266,7 @@ def first_byte(tasks: int, url: str) -> Figures:
 def run(chosen: Chosen) -> Report:
     awaited = chosen.sizes or (QUICK_AWAITED if chosen.quick else AWAITED)
     mapped, runs = (QUICK_MAPPED, QUICK_MANY) if chosen.quick else (MAPPED, MANY)
+    by_kind = [("awaited", n) for n in awaited] + [("mapped", n) for n in mapped]
     with prefect_server() as server, Service() as service:
         in_child(connection, service.url)
 
@@ -231,23 +281,26 @@ def run(chosen: Chosen) -> Report:
         cases: dict[str, Callable[[], Figures]] = {}
         for n in awaited:
             cases[f"awaited bare {n}"] = on(awaited_bare, n)
+            cases[f"awaited by hand {n}"] = on(awaited_by_hand, n, service.url)
             cases[f"awaited remote {n}"] = on(awaited_remote, n, service.url)
         for n in mapped:
             cases[f"mapped bare {n}"] = on(mapped_bare, n)
+            cases[f"mapped by hand {n}"] = on(mapped_by_hand, n, service.url)
             cases[f"mapped remote {n}"] = on(mapped_remote, n, service.url)
         cases[f"run_many {runs}"] = on(many, runs, service.url)
         measured = by_turns(chosen.repetitions, cases)
+        ours = {f"{kind} {n}": f"{kind} remote {n}" for kind, n in by_kind}
+        ours[f"run_many {runs}"] = f"run_many {runs}"
         bare_loop = by_turns(
             chosen.repetitions,
             {
-                f"{kind} {n}": on(
+                name: on(
                     requests,
-                    int(measured[f"{kind} remote {n}"][CREATES].median),
-                    int(measured[f"{kind} remote {n}"][READS].median),
+                    int(measured[case][CREATES].median),
+                    int(measured[case][READS].median),
                     service.url,
                 )
-                for kind, sizes in (("awaited", awaited), ("mapped", mapped))
-                for n in sizes
+                for name, case in ours.items()
             },
         )
         bytes_ = by_turns(
@@ -280,9 +333,17 @@ def run(chosen: Chosen) -> Report:
             ),
         ]
 
+    def floor(kind: str, n: int) -> str:
+        """What is reached by who does nothing but ask the service."""
+        wall = median(f"{kind} by hand {n}", WALL) / median(f"{kind} bare {n}", WALL)
+        return f"{kind}, {n:,}, by hand: wall {wall:.2f} times the bare tasks'"
+
     at_awaited = 1_000 if 1_000 in awaited else max(awaited)
     share = median(f"run_many {runs}", CPU_PER_JOB) / median(
         f"awaited remote {at_awaited}", CPU_PER_JOB
+    )
+    bare_share = bare_loop[f"run_many {runs}"][CPU].median / (
+        runs / 1000 * median(f"awaited remote {at_awaited}", CPU_PER_JOB)
     )
     return Report(
         question="What does a remote job cost beyond a task that sleeps as long?",
@@ -300,6 +361,11 @@ def run(chosen: Chosen) -> Report:
             ),
             Table("to the first byte", [dict(bytes_)]),
         ],
+        notes=[
+            floor("awaited", at_awaited),
+            floor("mapped", max(mapped)),
+            f"run_many, {runs:,}: its requests in a bare loop take {bare_share:.3f} of an awaited task's CPU per job",
+        ],
         targets=[
             *targets("awaited", at_awaited),
             *targets("mapped", max(mapped)),
@@ -316,7 +382,7 @@ def run(chosen: Chosen) -> Report:
                 figure,
                 {
                     kind: [(n, median(f"awaited {kind} {n}", figure)) for n in awaited]
-                    for kind in ("bare", "remote")
+                    for kind in ("bare", "by hand", "remote")
                 },
             )
             for figure in (WALL, CPU, PEAK)

@@ -44,8 +44,8 @@ from benchmarks.measure import (
 from benchmarks.plot import Curves
 from benchmarks.servers import prefect_server
 
-SIZES, QUICK_SIZES = (100, 1_000), (100,)
-HELD_SECONDS, QUICK_HELD_SECONDS = 60.0, 3.0
+SIZES, QUICK_SIZES = (100, 1_000), (40,)
+HELD_SECONDS, QUICK_HELD_SECONDS = 60.0, 2.0
 LIMIT = "webapi:bench:bench:default"
 PARTS = ("take", "hold", "give back")
 

@@ -6,7 +6,10 @@ import gc
 from collections.abc import Generator
 from contextlib import contextmanager
 
-__all__ = ["collected_seldom"]
+__all__ = ["YOUNG", "collected_seldom"]
+
+YOUNG = 5_000
+"""The default of the setting."""
 
 
 @contextmanager

@@ -52,9 +52,15 @@ class Capacity:
         self._size = size
         self._wake()
 
+    def take_now(self) -> bool:
+        """Whether there was room."""
+        if self.is_full:
+            return False
+        self._taken += 1
+        return True
+
     async def take(self) -> None:
-        if not self.is_full:
-            self._taken += 1
+        if self.take_now():
             return
         turn = anyio.Event()
         self._queue.append(turn)

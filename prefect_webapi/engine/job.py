@@ -264,7 +264,12 @@ class Job:
 
     @property
     def is_awaited(self) -> bool:
-        return self.is_swept or any(call.is_waiting for call in self.calls)
+        if self.is_swept:
+            return True
+        calls = self.calls
+        if len(calls) == 1:  # nearly always
+            return calls[0].is_waiting
+        return any(call.is_waiting for call in calls)
 
     @property
     def takes_callers(self) -> bool:

@@ -10,7 +10,7 @@ Source: SPEC 3.1 (who is alive, what is an orphan), 3.4 (column "abandoned").
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from enum import StrEnum
@@ -31,7 +31,14 @@ from prefect_webapi.engine.liveness import is_alive
 from prefect_webapi.engine.machine import Event, next_state
 from prefect_webapi.engine.request import Fate, RunState, outermost_run
 from prefect_webapi.engine.runtime import Runtime
-from prefect_webapi.ledger.records import JobState, Move, MoveResult, Record, RuntimeRow
+from prefect_webapi.ledger.records import (
+    JobState,
+    Move,
+    MoveResult,
+    OpenJob,
+    Record,
+    RuntimeRow,
+)
 from prefect_webapi.portions import in_portions
 from prefect_webapi.registry import Loaded
 
@@ -40,7 +47,6 @@ __all__ = ["Action", "SweepReport", "Swept", "cancel", "resolve", "sweep"]
 logger = logging.getLogger(__name__)
 
 INLINE = "inline"
-OPEN = tuple(state for state in JobState if state is not JobState.CLOSED)
 AT_ONCE = 500
 COMING = timedelta(minutes=1)
 """For so long a record that this process has made may be without its job here."""
@@ -254,6 +260,7 @@ class _Pass:
         self._troubles: list[str] = []
         self._taken: list[Job] = []
         self._loaded: dict[tuple[str, str, str], Loaded | None] = {}
+        self._fates: dict[str, Fate] = {}
 
     async def run(
         self, *, dry_run: bool, only: Collection[JobKey] | None, stay: bool
@@ -262,39 +269,31 @@ class _Pass:
         now = self._services.clock.now()
         if only is None:
             self._runtime.has_let_go = False
-        found = [
-            record
-            for record in await store.select(states=OPEN)
-            if only is None or record.key in only
-        ]
+        found = [job for job in await store.open_jobs() if only is None or job.key in only]
         rows = {row.id: row for row in await store.runtimes()}  # after them: it names each owner
         me = self._runtime.me
         living = {row.id: is_alive(row, me=me, now=now) for row in rows.values()}
-        free_records = [
-            record
-            async for record in in_portions(found, AT_ONCE)
-            if not self._is_driven(record, living, now)
-        ]
-        if any(record.runtime == self._runtime.me.id for record in free_records):
-            self._runtime.has_let_go = True
-        cases = await self._cases(free_records, rows)
         plans: list[tuple[_Case, _Decision]] = []
-        async for case in in_portions(cases, AT_ONCE):
-            decision = _decide(case, self._settings(case.loaded), now, stay)
-            if decision is not None:
-                plans.append((case, decision))
+        undriven = 0
+        async for records in self._undriven(found, living, now, stay):
+            undriven += len(records)
+            if any(record.runtime == me.id for record in records):
+                self._runtime.has_let_go = True
+            for case in await self._cases(records, rows):
+                decision = _decide(case, self._settings(case.loaded), now, stay)
+                if decision is not None:
+                    plans.append((case, decision))
+                if case.record.state is JobState.OVER and not dry_run:
+                    free(self._services, case.record)  # its result waits for a caller
         plans = await self._name_the_superseded(plans)
         report = SweepReport(
             dry_run=dry_run,
             looked_at=len(found),
-            driven=len(found) - len(free_records),
+            driven=len(found) - undriven,
             jobs=tuple(_line(case.record, decision) for case, decision in plans),
         )
         if dry_run:
             return report.model_copy(update={"troubles": tuple(self._troubles)})
-        for record in free_records:
-            if record.state is JobState.OVER:  # its result waits for a caller, its place need not
-                free(self._services, record)
         await self._carry_out(plans)
         if not stay:
             await self._wait(plans)
@@ -317,12 +316,40 @@ class _Pass:
         self._count(report)
         return report.model_copy(update={"troubles": tuple(self._troubles)})
 
-    def _is_driven(self, record: Record, living: Mapping[str, bool], now: datetime) -> bool:
-        if record.runtime != self._runtime.me.id:
-            return living.get(record.runtime, False)
-        if record.state.is_over or self._runtime.drives(record.key):
+    async def _undriven(
+        self, found: Sequence[OpenJob], living: Mapping[str, bool], now: datetime, stay: bool
+    ) -> AsyncGenerator[Sequence[Record]]:
+        """The records that no living process drives, some at a time."""
+        left = {
+            job.key: job.runtime
+            async for job in in_portions(found, AT_ONCE)
+            if not self._is_driven(job, living, now)
+        }
+        keys = list(left)
+        for start in range(0, len(keys), AT_ONCE):
+            if stay:
+                await self._let_calls_in()
+            yield [
+                record
+                for record in await self._services.store.records(keys[start : start + AT_ONCE])
+                if record.state is not JobState.CLOSED
+                and record.runtime == left[record.key]  # else somebody has taken it meanwhile
+                and not self._is_driven(OpenJob.of(record), living, now)
+            ]
+
+    async def _let_calls_in(self) -> None:
+        """Who calls for jobs by the thousand goes first: most are those that a process has left."""
+        clock = self._services.clock
+        until = clock.monotonic() + PATIENCE.total_seconds()
+        while self._runtime.is_crowded and clock.monotonic() < until:
+            await clock.sleep(0.1)
+
+    def _is_driven(self, job: OpenJob, living: Mapping[str, bool], now: datetime) -> bool:
+        if job.runtime != self._runtime.me.id:
+            return living.get(job.runtime, False)
+        if job.state.is_over or self._runtime.drives(job.key):
             return True
-        return record.handle is None and now - record.updated_at < COMING  # a call is about to
+        return not job.has_handle and now - job.updated_at < COMING  # a call is about to
 
     # --- what is known -----------------------------------------------------------------------
 
@@ -331,9 +358,9 @@ class _Pass:
     ) -> list[_Case]:
         flows = {flow for record in records if (flow := record.root_run or record.flow_run)}
         tasks = {r.task_run for r in records if not r.root_run and not r.flow_run and r.task_run}
-        fates: Mapping[str, Fate] = {}
-        if records:
-            fates = await self._services.runs.fates(flows, tasks)
+        flows, tasks = flows - self._fates.keys(), tasks - self._fates.keys()
+        if flows or tasks:
+            self._fates.update(await self._services.runs.fates(flows, tasks))
         unknown = Fate(RunState.RUNNING)
         cases: list[_Case] = []
         async for record in in_portions(records, AT_ONCE):
@@ -343,7 +370,7 @@ class _Pass:
             run = outermost_run(record)
             loaded = await self._load(record)
             is_at_home = record.details.home == self._services.runs.home
-            fate = fates.get(run, unknown)
+            fate = self._fates.get(run, unknown)
             cases.append(_Case(record, fate, is_at_home, is_ours, silent, loaded))
         return cases
 

@@ -13,7 +13,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -55,7 +55,7 @@ from prefect_webapi.engine.lobby import Lobby
 from prefect_webapi.engine.machine import Event
 from prefect_webapi.engine.observe import Observer
 from prefect_webapi.engine.outputs import Collected, collect
-from prefect_webapi.engine.request import Outcome, outermost_run
+from prefect_webapi.engine.request import JobRequest, Outcome, outermost_run
 from prefect_webapi.engine.services import Services
 from prefect_webapi.engine.submit import (
     Alive,
@@ -68,6 +68,8 @@ from prefect_webapi.engine.submit import (
     without_handle,
 )
 from prefect_webapi.ledger.records import (
+    Draft,
+    Drawn,
     JobState,
     Record,
     RuntimeRow,
@@ -94,8 +96,11 @@ READ_AT_ONCE = 200
 """Letters that are read before others get their turn of the loop."""
 COUNTED_AT_ONCE = 5_000
 """Jobs that are looked at before others get their turn of the loop; and so many a second at most."""
-COMING_IN = 200
-"""Calls of a connection whose records are looked for at one time: the loop is not held up by them for long."""
+COMING_IN, TOGETHER = 1000, 500
+"""Calls of a connection whose records are looked for at one time, and by one question: the loop is not held up by them
+for long, and has the next ones ready when the ledger has answered."""
+ENTERED_AT_ONCE = 100
+"""Calls that are helped on their way before others get their turn of the loop."""
 SYNC_GRACE_SECONDS = 0.5
 
 
@@ -249,7 +254,8 @@ class Runtime:
         place = _lobby_of(call)
         lobby = self._lobbies.get(place)
         if lobby is None:
-            lobby = self._lobbies[place] = Lobby[Call](COMING_IN, self._let_in)
+            lobby = Lobby[Call](COMING_IN, TOGETHER, self._let_in, self.post)
+            self._lobbies[place] = lobby
         lobby.come(call)
 
     def _come_in(self, call: Call) -> None:
@@ -267,6 +273,11 @@ class Runtime:
     @property
     def me(self) -> RuntimeRow:
         return self._me
+
+    @property
+    def is_crowded(self) -> bool:
+        """Whether calls wait until others have found their records."""
+        return any(lobby.is_crowded for lobby in self._lobbies.values())
 
     def drives(self, key: JobKey) -> bool:
         """Whether this process looks after the job now."""
@@ -457,14 +468,87 @@ class Runtime:
         job: Job | None = call.job
         return job if job is not None and self._jobs.get(job.record.key) is job else None
 
-    def _let_in(self, call: Call) -> None:
-        self._tasks.start_soon(self._enter, call)
+    def _let_in(self, calls: Sequence[Call]) -> None:
+        if self._is_over:  # they have been told
+            return
+        if len(calls) == 1:
+            self._tasks.start_soon(self._enter, calls[0])
+        else:
+            self._tasks.start_soon(self._enter_together, calls)
 
-    async def _enter(self, call: Call) -> None:
+    async def _enter_together(self, calls: Sequence[Call]) -> None:
+        """Of those who come to one connection at one time: the ledger is asked once for the records of all."""
+        met: dict[Call, _Meeting] = {}
+        try:
+            met = await self._meet(calls)
+        except Exception as error:  # noqa: BLE001 - each meets it again by himself, and hears of it
+            logger.debug("%s calls enter one by one: %r", len(calls), error)
+        async for call in in_portions(calls, ENTERED_AT_ONCE):
+            meeting = met.get(call)
+            if meeting is not None and self._resumes(call, meeting):
+                self._come_in(call)
+            else:
+                self._tasks.start_soon(self._enter, call, meeting)
+
+    async def _meet(self, calls: Sequence[Call]) -> dict[Call, _Meeting]:
+        """The records of those who need nothing but the ledger for it; whoever is not among them asks for himself."""
+        channel = await self._channel_for(calls[0].request)
+        if channel.quotas:  # what each needs is asked of its plugin
+            return {}
+        drafts: dict[Call, Draft] = {}
+        async for call in in_portions(calls, ENTERED_AT_ONCE):
+            if call.is_waiting and call not in self._ended:
+                with suppress(WebApiError):
+                    drafts[call] = await self._draft_for(channel, call.request)
+        fault_point("KP-01")
+        found = await self._services.store.intents(list(drafts.values()))
+        return {
+            call: _Meeting(channel, draft, drawn)
+            for (call, draft), drawn in zip(drafts.items(), found, strict=True)
+        }
+
+    async def _channel_for(self, request: JobRequest) -> Channel:
+        plugins = self._services.plugins
+        loaded = await plugins.get(request.task_type, request.plugin, request.connection)
+        return await self._channels.open(loaded)
+
+    async def _draft_for(self, channel: Channel, request: JobRequest) -> Draft:
+        heir_of = self._others.gone
+        return await draft_for(
+            self._services, self._calls, self._channels, channel, request, heir_of
+        )
+
+    def _resumes(self, call: Call, meeting: _Meeting) -> bool:
+        """Have a job that was left behind alive read again, if nothing else is to be done; whether it is."""
+        channel, drawn = meeting.channel, meeting.drawn
+        if isinstance(drawn, LedgerError) or not drawn.taken or channel.capacity.is_full:
+            return False
+        record = drawn.record
+        is_alive = record.state is JobState.CREATED and not record.details.orphaned
+        if not is_alive or record.cancel_reason or record.quotas or self.drives(record.key):
+            return False
+        job = Job(self._services, record, call.request, channel.loaded)
+        try:
+            handle = _handle_of(job)
+        except Exception:  # noqa: BLE001 - it is told where one job is taken up by itself
+            return False
+        self._begin(job, call, made=False)
+        if job.is_unwanted or job.is_left:
+            self._tasks.start_soon(
+                self._guarded, job, partial(self._advance, job, channel, made=False)
+            )
+            return True
+        job.note("ADMITTED", self._services.clock.now())
+        job.holds_capacity = channel.capacity.take_now()
+        job.handle = handle
+        self._observer.watch(job, is_resumed=True)
+        return True
+
+    async def _enter(self, call: Call, met: _Meeting | None = None) -> None:
         try:
             with ExitStack() as inside:
                 inside.callback(self._come_in, call)
-                await self._find_or_make(call, inside.close)
+                await self._find_or_make(call, inside.close, met)
         except LedgerError as error:
             self.has_let_go = True  # what it asked for may have been done
             call.fail(error)
@@ -477,18 +561,23 @@ class Runtime:
             if call.job is None:  # else `_attach` did so; and who lost that job enters anew
                 self._has_entered(call)
 
-    async def _find_or_make(self, call: Call, found: Callable[[], None]) -> None:
-        """From a call to its job. `found()`: its record is there, what follows may last."""
+    async def _find_or_make(
+        self, call: Call, found: Callable[[], None], met: _Meeting | None
+    ) -> None:
+        """From a call to its job, or from the record that it has `met`. `found()`: what follows may last."""
         request = call.request
         services = self._services
-        loaded = await services.plugins.get(request.task_type, request.plugin, request.connection)
-        channel = await self._channels.open(loaded)
-        draft = await draft_for(
-            services, self._calls, self._channels, channel, request, self._others.gone
-        )
-        fault_point("KP-01")
-        while call.is_waiting or call in self._ended:
-            drawn = await services.store.intent(draft)
+        if met is None:
+            channel = await self._channel_for(request)
+            draft, asked = await self._draft_for(channel, request), None
+            fault_point("KP-01")
+        else:
+            channel, draft, asked = met.channel, met.draft, met.drawn
+        loaded = channel.loaded
+        while asked is not None or call.is_waiting or call in self._ended:
+            drawn, asked = asked or await services.store.intent(draft), None
+            if isinstance(drawn, LedgerError):
+                raise drawn
             found()
             record = drawn.record
             if record.fingerprint != draft.fingerprint:
@@ -556,6 +645,11 @@ class Runtime:
         self, job: Job, channel: Channel, *, made: bool, call: Call | None = None
     ) -> None:
         """From a record to the end, or to the poller."""
+        self._begin(job, call, made=made)
+        await self._guarded(job, partial(self._advance, job, channel, made=made))
+
+    def _begin(self, job: Job, call: Call | None, *, made: bool) -> None:
+        """From now on this process looks after the job."""
         self._jobs[job.record.key] = job
         if call is not None:
             self._attach(call, job)
@@ -564,7 +658,6 @@ class Runtime:
         self._set_deadline(job)
         if not job.is_awaited and job.ending is None:
             job.leave()  # detached meanwhile
-        await self._guarded(job, partial(self._advance, job, channel, made=made))
 
     async def _guarded(self, job: Job, step: Callable[[], Any]) -> None:
         """Run a part of a job's way. Who loses the job to another process follows that one."""
@@ -680,17 +773,8 @@ class Runtime:
             self._observer.watch(job, fresh=True, is_known=snapshot is not None)
 
     def _resume(self, job: Job) -> None:
-        """Read a stored handle back."""
-        text = job.record.handle
-        if text is None:
-            raise WebApiError(f"job {job.record.key} is {job.record.state} but has no handle")
-        try:
-            job.handle = handle_adapter(job.loaded).validate_json(text)
-        except ValueError as error:
-            raise WebApiError(
-                f"the stored handle of job {job.record.key} can't be read by this version of plugin "
-                f"{job.record.plugin}: {text}. The job was left alone; end it at the service if it is not wanted"
-            ) from error
+        """Take up what the record has of a job that lives."""
+        job.handle = _handle_of(job)
         self._adopt_lease(job)
 
     def _adopt_lease(self, job: Job) -> None:
@@ -988,6 +1072,15 @@ class Runtime:
             self._services.metrics.set("pending_cancels", ending[plugin], plugin=plugin)
 
 
+@dataclass(frozen=True, slots=True)
+class _Meeting:
+    """What was asked of the ledger for a call, and its answer."""
+
+    channel: Channel
+    draft: Draft
+    drawn: Drawn | LedgerError
+
+
 def too_late() -> EngineClosed:
     """What is told to who comes too late."""
     return EngineClosed("the process is ending: nothing new is started")
@@ -999,6 +1092,20 @@ def _with_links(final: PhaseInfo, *seen: PhaseInfo | None) -> PhaseInfo:
     if not logs or final.info.logs:
         return final
     return final.model_copy(update={"info": final.info.model_copy(update={"logs": logs})})
+
+
+def _handle_of(job: Job) -> Any:
+    """The stored handle, read back."""
+    text = job.record.handle
+    if text is None:
+        raise WebApiError(f"job {job.record.key} is {job.record.state} but has no handle")
+    try:
+        return handle_adapter(job.loaded).validate_json(text)
+    except ValueError as error:
+        raise WebApiError(
+            f"the stored handle of job {job.record.key} can't be read by this version of plugin "
+            f"{job.record.plugin}: {text}. The job was left alone; end it at the service if it is not wanted"
+        ) from error
 
 
 def _lobby_of(call: Call) -> Hashable:

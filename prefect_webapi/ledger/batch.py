@@ -146,7 +146,9 @@ def run(
 def _draw(
     conn: Connection, sql: Statements, reader: RecordReader, intents: list[Intent], repeated: bool
 ) -> None:
-    _apply(conn, sql.lock_groups, ({"base": b} for b in sorted({i.draft.base for i in intents})))
+    if sql.lock_groups is not None:
+        bases = sorted({i.draft.base for i in intents})
+        _apply(conn, sql.lock_groups, ({"base": base} for base in bases))
     ordinals = _ordinals(conn, sql, intents)
     places = {(i.draft.base, n): {"base": i.draft.base, "ordinal": n} for i, n in ordinals.items()}
     newest: dict[tuple[str, int], Row[Any] | Record] = {
@@ -197,26 +199,22 @@ def _inherits(draft: Draft, record: Record) -> bool:
 
 def _take_over(conn: Connection, sql: Statements, left: Mapping[Intent, Record]) -> None:
     """Make those who ask the owners of jobs that were left behind; who is too late is told of the job as it was."""
-    moves = [_taking(intent.draft, record) for intent, record in left.items()]
-    moves.sort(key=lambda move: move.old.key)  # all processes lock in one order
-    changed = {row.key for row in _fetch(conn, sql.update_jobs, map(_columns, moves))}
+    by_key = sorted(left.items(), key=lambda each: each[1].key)  # all processes lock in one order
+    wanted = ({**_owners(i.draft), "key": r.key, "was": r.state, "had": r.fence} for i, r in by_key)
+    changed = {row.key for row in _fetch(conn, sql.take_jobs, wanted)}
     for intent, old in left.items():
         if old.key in changed:
-            draft = intent.draft
-            record = replace(
-                old,
-                fence=old.fence + 1,
-                runtime=draft.runtime,
-                flow_run=draft.flow_run,
-                root_run=draft.root_run,
-                task_run=draft.owner_task_run,
-            )
+            record = replace(old, fence=old.fence + 1, **_owners(intent.draft))
             intent.answer = Drawn(record, made=False, taken=True)
 
 
-def _taking(draft: Draft, record: Record) -> Move:
-    runs = (draft.flow_run, draft.root_run, draft.owner_task_run)
-    return Move.taking(record, draft.runtime, runs)
+def _owners(draft: Draft) -> dict[str, str]:
+    return {
+        "runtime": draft.runtime,
+        "flow_run": draft.flow_run,
+        "root_run": draft.root_run,
+        "task_run": draft.owner_task_run,
+    }
 
 
 def _was_made_for(draft: Draft, record: Record) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping,
 from typing import Any, ClassVar, TypeVar
 
 import anyio
-from sqlalchemy import Executable, Row, select, text
+from sqlalchemy import Executable, Row, Select, select, text
 from sqlalchemy.exc import SQLAlchemyError
 
 from prefect_webapi.clock import Clock
@@ -15,8 +15,9 @@ from prefect_webapi.contract.errors import LedgerUnavailable, NoLedger
 from prefect_webapi.contract.keys import JobKey
 from prefect_webapi.ledger import schema
 from prefect_webapi.ledger.backend import Backend, Trouble, copied
-from prefect_webapi.ledger.records import JobState, Pace, QuotaRow, Record, RuntimeRow
+from prefect_webapi.ledger.records import JobState, OpenJob, Pace, QuotaRow, Record, RuntimeRow
 from prefect_webapi.ledger.rows import RecordReader, from_micros
+from prefect_webapi.portions import in_portions
 
 __all__ = ["SqlReader"]
 
@@ -24,7 +25,10 @@ T = TypeVar("T")
 
 _PAUSES = (0.05, 0.2, 0.5)
 _CLOSING_SECONDS = 10.0
-_READ_AT_ONCE = 500
+_READ_AT_ONCE, _SEEN_AT_ONCE = 500, 2_000
+_OPEN_STATES = sorted(state for state in JobState if state is not JobState.CLOSED)
+_OPEN = text("state <> 'CLOSED'")
+"""Says that the small index will do."""
 
 
 class _Batch:
@@ -107,8 +111,7 @@ class SqlReader:
         await asyncio.sleep(0)
         if self._batch is batch:
             self._batch = None
-        query = select(schema.job).where(schema.job.c.key.in_(sorted(batch.keys)))
-        return {row.key: row for row in await self._read(query)}
+        return {row.key: row for row in await self._read(_of_these(batch.keys))}
 
     async def select(
         self,
@@ -125,7 +128,7 @@ class SqlReader:
         if states is not None:
             query = query.where(job.state.in_(sorted(states)))
             if JobState.CLOSED not in states:
-                query = query.where(text("state <> 'CLOSED'"))  # says that the small index will do
+                query = query.where(_OPEN)
         if root_run is not None:
             query = query.where(job.root_run == root_run)
         if flow_run is not None:
@@ -142,6 +145,25 @@ class SqlReader:
             records += self._reader.read_all(rows[start : start + _READ_AT_ONCE])
             await asyncio.sleep(0)
         return records
+
+    async def open_jobs(self) -> Sequence[OpenJob]:
+        job = schema.job.c
+        has_handle = job.handle.is_not(None).label("has_handle")
+        columns = job.key, job.runtime, job.state, has_handle, job.updated_at
+        query = select(*columns).where(job.state.in_(_OPEN_STATES), _OPEN)
+        rows = await self._fetch(query.order_by(job.created_at, job.key))
+        found: list[OpenJob] = []
+        async for row in in_portions(rows, _SEEN_AT_ONCE):
+            at: Any = row.updated_at
+            updated_at = from_micros(at if isinstance(at, int) else 0)  # read whole, it is refused
+            state, has_handle = JobState(row.state), bool(row.has_handle)
+            found.append(OpenJob(row.key, row.runtime, state, has_handle, updated_at))
+        return found
+
+    async def records(self, keys: Collection[JobKey]) -> Sequence[Record]:
+        job = schema.job.c
+        query = _of_these(keys).order_by(job.created_at, job.key)
+        return self._reader.read_all(await self._fetch(query))
 
     async def quotas(self) -> Sequence[QuotaRow]:
         rows = await self._fetch(select(schema.quota).order_by(schema.quota.c.name))
@@ -199,3 +221,7 @@ class SqlReader:
                     raise self._backend.unavailable(exc) from exc
             await self._clock.sleep(pause)
         raise AssertionError("unreachable")
+
+
+def _of_these(keys: Collection[JobKey]) -> Select[Any]:
+    return select(schema.job).where(schema.job.c.key.in_(sorted(keys)))

@@ -26,6 +26,7 @@ __all__ = [
     "Lease",
     "Move",
     "MoveResult",
+    "OpenJob",
     "Outputs",
     "Pace",
     "QuotaRow",
@@ -263,6 +264,22 @@ class Record:
     created_at: datetime
     updated_at: datetime
     details: Details = field(default_factory=Details)
+
+
+@dataclass(frozen=True, slots=True)
+class OpenJob:
+    """What tells whether a record that is not closed is being looked after: there may be a hundred thousand."""
+
+    key: JobKey
+    runtime: str
+    state: JobState
+    has_handle: bool
+    updated_at: datetime
+
+    @classmethod
+    def of(cls, record: Record) -> OpenJob:
+        has_handle = record.handle is not None
+        return cls(record.key, record.runtime, record.state, has_handle, record.updated_at)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

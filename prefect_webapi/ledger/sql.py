@@ -13,6 +13,7 @@ import anyio
 from sqlalchemy import Connection, Executable, delete, insert, select, text, update
 
 from prefect_webapi.clock import Clock
+from prefect_webapi.contract.errors import LedgerError
 from prefect_webapi.contract.keys import JobKey
 from prefect_webapi.ledger import schema, turns
 from prefect_webapi.ledger.reader import SqlReader
@@ -112,6 +113,9 @@ class SqlStore(SqlReader):
 
     async def intent(self, draft: Draft) -> Drawn:
         return await self._writer.intent(draft)
+
+    async def intents(self, drafts: Sequence[Draft]) -> Sequence[Drawn | LedgerError]:
+        return await self._writer.intents(drafts)
 
     async def move(self, move: Move) -> MoveResult:
         return await self._writer.move(move)

@@ -61,7 +61,7 @@ class Statements:
             names = ", ".join(f"json_extract(value, '$.{name}') AS {name}" for name in columns)
             return f"(SELECT {names} FROM json_each(:v)) AS v"
 
-        def for_update(table: str) -> str:  # SQLite's transaction has the whole data base locked
+        def for_update(table: str) -> str:  # again, SQLite needs none
             return f" FOR UPDATE OF {table}" if dialect == "postgresql" else ""
 
         job_columns = ", ".join(_JOB)
@@ -70,12 +70,12 @@ class Statements:
         keep = ", ".join(f"{name} = coalesce(v.{name}, webapi_job.{name})" for name in kept)
         claim = {"base": "text", "task_run": "text", "nth": "int"}
 
-        # SQLite's parser needs WHERE true before ON CONFLICT.
-        self.lock_groups = text(
-            f"INSERT INTO webapi_group (base, draws) SELECT base, 1 FROM {values(base='text')}"
-            " WHERE true ORDER BY base"
-            " ON CONFLICT (base) DO UPDATE SET draws = webapi_group.draws + 1"
-        )
+        self.lock_groups = None
+        if dialect == "postgresql":  # SQLite's transaction has the whole data base locked
+            self.lock_groups = text(
+                f"INSERT INTO webapi_group (base, draws) SELECT base, 1 FROM {values(base='text')}"
+                " ORDER BY base ON CONFLICT (base) DO UPDATE SET draws = webapi_group.draws + 1"
+            )
         self.own_claims = text(
             f"SELECT c.base, c.task_run, c.nth, c.ordinal FROM {values(**claim)}"
             " JOIN webapi_claim c ON c.base = v.base AND c.task_run = v.task_run AND c.nth = v.nth"
@@ -111,6 +111,14 @@ class Statements:
         self.update_jobs = text(
             "UPDATE webapi_job SET state = v.state, fence = v.fence, updated_at = v.updated_at,"
             f" {keep} FROM {values(**_SHIFT)}"
+            " WHERE webapi_job.key = v.key AND webapi_job.state = v.was"
+            " AND webapi_job.fence = v.had RETURNING webapi_job.key"
+        )
+        owners = ("runtime", "flow_run", "root_run", "task_run")
+        taken = {"key": "text", "was": "text", "had": "int"} | dict.fromkeys(owners, "text")
+        self.take_jobs = text(
+            "UPDATE webapi_job SET fence = webapi_job.fence + 1,"
+            f" {', '.join(f'{name} = v.{name}' for name in owners)} FROM {values(**taken)}"
             " WHERE webapi_job.key = v.key AND webapi_job.state = v.was"
             " AND webapi_job.fence = v.had RETURNING webapi_job.key"
         )

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 from typing import Protocol
 
+from prefect_webapi.contract.errors import LedgerError
 from prefect_webapi.contract.keys import JobKey
 from prefect_webapi.ledger.records import (
     Draft,
@@ -13,6 +14,7 @@ from prefect_webapi.ledger.records import (
     JobState,
     Move,
     MoveResult,
+    OpenJob,
     Pace,
     QuotaRow,
     Record,
@@ -64,6 +66,14 @@ class Reader(Protocol):
         """Records that match all that is given, oldest first. A corrupt row is logged and left out."""
         ...
 
+    async def open_jobs(self) -> Sequence[OpenJob]:
+        """All that are not closed, oldest first."""
+        ...
+
+    async def records(self, keys: Collection[JobKey]) -> Sequence[Record]:
+        """Those of these jobs, oldest first. A corrupt row is logged and left out."""
+        ...
+
     async def quotas(self) -> Sequence[QuotaRow]: ...
 
     async def runtimes(self) -> Sequence[RuntimeRow]: ...
@@ -93,6 +103,10 @@ class Store(Reader, Protocol):
         A new attempt is made when the newest record is over and failed and was delivered (or the caller
         is a Prefect retry), or when it succeeded, was delivered and results may not be reused.
         """
+        ...
+
+    async def intents(self, drafts: Sequence[Draft]) -> Sequence[Drawn | LedgerError]:
+        """As `intent` for each of them, in their order; what one of them is refused hurts no other."""
         ...
 
     async def move(self, move: Move) -> MoveResult: ...

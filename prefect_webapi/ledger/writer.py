@@ -11,7 +11,7 @@ import contextlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar, cast
 
 import anyio
 from sqlalchemy import Connection
@@ -98,6 +98,15 @@ class Writer:
         operation = batch.Intent(draft, asyncio.get_running_loop().create_future())
         self._put(self._pending, operation)
         return await operation.future
+
+    async def intents(self, drafts: Sequence[Draft]) -> Sequence[Drawn | LedgerError]:
+        loop = asyncio.get_running_loop()
+        operations = [batch.Intent(draft, loop.create_future()) for draft in drafts]
+        for operation in operations:
+            self._put(self._pending, operation)
+        futures = [operation.future for operation in operations]
+        answers = await asyncio.gather(*futures, return_exceptions=True)
+        return cast(Sequence[Drawn | LedgerError], answers)  # nothing else is told here
 
     async def move(self, move: Move) -> MoveResult:
         operation = batch.Shift(move, asyncio.get_running_loop().create_future())

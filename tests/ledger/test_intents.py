@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
@@ -16,6 +16,7 @@ from prefect_webapi.contract.phase import PhaseInfo
 from prefect_webapi.ledger.records import Details, Drawn, JobState, Record
 from prefect_webapi.ledger.sql import SqlStore
 from tests.ledger.processes import start_worker, told_by
+from tests.ledger.raw import raw
 from tests.support.ledger import another_store, draft_for, moved
 
 
@@ -313,3 +314,22 @@ async def test_of_two_processes_that_mean_one_job_one_takes_it(
             other.intent(draft_for(**{**HEIR, "runtime": "runtime-3"})),
         )
     assert sorted(d.taken for d in drawn) == [False, True]
+
+
+async def test_many_that_are_asked_for_together_are_answered_in_order(
+    store: SqlStore, ledger_url: str
+) -> None:
+    """One that can't be read hurts itself only."""
+    drafts = [draft_for(f"{n}") for n in range(600)]  # more than one batch
+    made = await store.intents(drafts)
+    assert all(isinstance(each, Drawn) and each.made for each in made)
+    again = await store.intents([draft_for(f"{n}") for n in reversed(range(600))])
+    assert _keys(again) == _keys(made)[::-1]
+    bad = _keys(made)[7]
+    await raw(ledger_url, "UPDATE webapi_job SET details = '{' WHERE key = :key", key=bad)
+    broken = await store.intents(drafts)
+    assert [n for n, each in enumerate(broken) if isinstance(each, LedgerError)] == [7]
+
+
+def _keys(drawn: Sequence[Drawn | LedgerError]) -> list[str]:
+    return [each.record.key for each in drawn if isinstance(each, Drawn)]

@@ -13,6 +13,7 @@ from prefect_webapi.clock import Clock
 from prefect_webapi.engine.reaper import SweepReport, sweep
 from prefect_webapi.engine.request import Fate, RunState
 from prefect_webapi.engine.runtime import Runtime
+from prefect_webapi.ledger.sql import SqlStore
 from prefect_webapi.testing import EmbeddedJobServer
 from tests.support.engine import GivenRuns, at
 
@@ -29,6 +30,7 @@ async def swept(
     *,
     config: Mapping[str, Any] | None = None,
     settings: Mapping[str, Any] | None = None,
+    store: type[SqlStore] = SqlStore,
     **options: Any,
 ) -> SweepReport:
     """What one pass of a process of its own does with the ledger in `folder`; it knows `run-1` as crashed.
@@ -42,6 +44,7 @@ async def swept(
         server,
         dict(config or {}),
         runs=runs,
+        store=store,
         sweeps=False,
         speed=20,
         **given,

@@ -1,0 +1,257 @@
+"""Calls that come together find their records with one question; each still gets what is its own."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+
+from prefect_webapi import Phase
+from prefect_webapi.contract.errors import (
+    BadTaskSpecification,
+    ConfigurationError,
+    LedgerError,
+    LedgerUnavailable,
+    WebApiError,
+)
+from prefect_webapi.contract.keys import JobKey
+from prefect_webapi.engine.host import Host, Ticket
+from prefect_webapi.engine.request import Fate, Outcome, RunState
+from prefect_webapi.engine.runtime import Runtime
+from prefect_webapi.ledger.records import Draft, Drawn, JobState, Move, Record
+from prefect_webapi.ledger.sql import SqlStore
+from prefect_webapi.testing import EmbeddedJobServer
+from prefect_webapi_jobserver import ReportJob
+from tests.ledger.raw import raw
+from tests.support.engine import at, request
+from tests.support.ledger import ledger_of
+from tests.support.sweeping import swept
+from tests.support.waiting import eventually
+from tests.support.witness import records
+
+pytestmark = pytest.mark.usefixtures("each_ledger")
+
+JOBS = 30
+SPECS = [ReportJob(outcome="never", day=day, result=day) for day in range(JOBS)]
+
+
+class Odd(ReportJob):
+    what: Any = None
+
+
+def calls(host: Host, execution: str, specs: Sequence[ReportJob] = SPECS) -> list[Ticket]:
+    return [
+        host.admit(request(spec, task_type="keys", execution=execution, task_run=execution))
+        for spec in specs
+    ]
+
+
+async def left(folder: Path, server: EmbeddedJobServer) -> dict[int, Record]:
+    """Jobs that a process has left alive, by day."""
+    with at(folder, server, sweeps=False) as host:
+        calls(host, "1")
+
+        async def are_known() -> bool:
+            found = await records(folder)
+            return len(found) == JOBS and all(r.state is JobState.CREATED for r in found)
+
+        await eventually(are_known, within=20)
+    return {_day_of(record): record for record in await records(folder)}
+
+
+def _day_of(record: Record) -> int:
+    return ReportJob.model_validate_json(record.details.spec or "").day
+
+
+async def ends(tickets: Sequence[Ticket]) -> list[Outcome | BaseException]:
+    waiting = (ticket.outcome() for ticket in tickets)
+    return await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), 20)
+
+
+async def test_each_job_that_was_left_has_its_own_fate(
+    job_server: EmbeddedJobServer, tmp_path: Path
+) -> None:
+    """Nothing is made, and what is the matter with one of them is nothing to the others."""
+    jobs, ledger = await left(tmp_path, job_server), ledger_of(tmp_path)
+    where = " WHERE key = :key"
+    await raw(ledger, "UPDATE webapi_job SET handle = '{}'" + where, key=jobs[0].key)
+    await raw(ledger, "UPDATE webapi_job SET details = '{'" + where, key=jobs[1].key)
+    await raw(ledger, "UPDATE webapi_job SET cancel_reason = 'enough'" + where, key=jobs[2].key)
+    await raw(ledger, "UPDATE webapi_job SET deadline = 1" + where, key=jobs[3].key)
+    await raw(ledger, "UPDATE webapi_job SET state = 'CREATING'" + where, key=jobs[4].key)
+    odd = Odd(day=JOBS, what=b"\xff")
+    with at(tmp_path, job_server, sweeps=False) as host:
+        tickets = calls(host, "2", [*SPECS, odd])
+        ended = asyncio.create_task(ends(tickets))
+        await eventually(lambda: len(job_server.log("delete")) == 2, within=10)
+        for day, record in jobs.items():
+            if day > 3:
+                job_server.end(record.key, "succeeded")
+        outcomes = await ended
+    unreadable, corrupt, cancelled, late, *well, refused = outcomes
+    assert isinstance(unreadable, WebApiError)
+    assert "can't be read by this version of plugin" in str(unreadable)
+    assert isinstance(corrupt, LedgerError)
+    assert isinstance(cancelled, Outcome)
+    assert (cancelled.info.phase, cancelled.info.reason) == (Phase.ABORTED, "enough")
+    assert isinstance(late, Outcome)
+    assert late.info.err is not None
+    assert late.info.err.code == "Timeout"
+    assert [each.value.data for each in well if isinstance(each, Outcome)] == list(range(4, JOBS))
+    assert isinstance(refused, BadTaskSpecification)
+    assert job_server.stats().created == JOBS
+    assert not job_server.stats().duplicates
+
+
+async def test_a_wish_to_end_reaches_those_that_are_on_their_way_in(
+    job_server: EmbeddedJobServer, tmp_path: Path
+) -> None:
+    await left(tmp_path, job_server)
+    with at(tmp_path, job_server, sweeps=False) as host:
+        tickets = calls(host, "2")
+        for ticket in tickets[::2]:
+            ticket.cancel("enough")
+        for ticket in tickets[1::2]:
+            ticket.detach()
+        outcomes = await ends(tickets)
+        await eventually(lambda: job_server.stats().live == JOBS // 2, within=10)
+    assert {each.info.phase for each in outcomes if isinstance(each, Outcome)} == {Phase.ABORTED}
+    assert sum(isinstance(each, Outcome) for each in outcomes) == JOBS // 2
+    assert job_server.stats().created == JOBS
+
+
+def _watched(host: Host) -> int:
+    async def count(runtime: Runtime) -> int:
+        return sum(len(channel.poller) for channel in runtime._channels)  # pyright: ignore[reportPrivateUsage] # no public way
+
+    return host.perform(count).result(10)
+
+
+async def test_more_than_a_process_tracks_wait_for_room(
+    job_server: EmbeddedJobServer, tmp_path: Path
+) -> None:
+    await left(tmp_path, job_server)
+    with at(tmp_path, job_server, {"caching": {"size": 10}}, sweeps=False) as host:
+        tickets = calls(host, "2")
+        await eventually(lambda: _watched(host) > 0, within=10)
+        seen = len(job_server.log())
+        await eventually(lambda: len(job_server.log()) > seen + 4, within=10)
+        assert _watched(host) == 10
+        for job in job_server.jobs():
+            job_server.end(job.name, "succeeded")
+        outcomes = await ends(tickets)
+    assert [each.value.data for each in outcomes if isinstance(each, Outcome)] == list(range(JOBS))
+    assert job_server.stats().created == JOBS
+
+
+class Awaited(SqlStore):
+    """Who asked is gone when the answer is there."""
+
+    asked: ClassVar[list[Ticket]] = []
+
+    async def intents(self, drafts: Sequence[Draft]) -> Sequence[Drawn | LedgerError]:
+        drawn = await super().intents(drafts)
+        for ticket in self.asked:
+            ticket.detach()
+        await asyncio.sleep(0.2)  # that is heard in this time, or the test shows nothing
+        return drawn
+
+
+async def test_a_record_that_nobody_waits_for_any_more_is_let_go(
+    job_server: EmbeddedJobServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with at(tmp_path, job_server, store=Awaited, sweeps=False) as host:
+        monkeypatch.setattr(Awaited, "asked", tickets := calls(host, "1"))
+        await ends(tickets)
+
+        async def are_free() -> bool:
+            return {record.runtime for record in await records(tmp_path)} == {""}
+
+        await eventually(are_free, within=10)
+    assert job_server.stats().created <= 1  # the first may come alone
+
+
+async def test_a_type_that_nobody_serves_is_told_to_each(
+    job_server: EmbeddedJobServer, tmp_path: Path
+) -> None:
+    with at(tmp_path, job_server, sweeps=False) as host:
+        tickets = [host.admit(request(spec, task_type="nobody")) for spec in SPECS]
+        outcomes = await ends(tickets)
+    assert all(isinstance(each, ConfigurationError) for each in outcomes)
+    assert len({id(each) for each in outcomes}) == JOBS
+
+
+class Unanswered(SqlStore):
+    """The first answer is lost: what was asked may have been done."""
+
+    asked = 0
+
+    async def intents(self, drafts: Sequence[Draft]) -> Sequence[Drawn | LedgerError]:
+        Unanswered.asked += 1
+        await super().intents(drafts)
+        return [LedgerUnavailable("no answer") for _ in drafts]
+
+
+async def test_a_ledger_that_does_not_answer_is_told_to_each(
+    job_server: EmbeddedJobServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it may have written down is found by those who ask again."""
+    monkeypatch.setattr(Unanswered, "asked", 0)
+    with at(tmp_path, job_server, store=Unanswered, sweeps=False) as host:
+        outcomes = await ends(calls(host, "1"))
+    assert Unanswered.asked
+    lost = [each for each in outcomes if isinstance(each, LedgerUnavailable)]
+    made = len(outcomes) - len(lost)  # who came alone was not asked for with others
+    assert lost
+    assert job_server.stats().created == made
+    with at(tmp_path, job_server, sweeps=False) as host:
+        tickets = calls(host, "2")
+        await eventually(lambda: job_server.stats().created == JOBS, within=10)
+        for job in job_server.jobs():
+            job_server.end(job.name, "succeeded")
+        outcomes = await ends(tickets)
+    assert [each.value.data for each in outcomes if isinstance(each, Outcome)] == list(range(JOBS))
+    assert not job_server.stats().duplicates
+
+
+class Broken(SqlStore):
+    async def intents(self, drafts: Sequence[Draft]) -> Sequence[Drawn | LedgerError]:
+        raise RuntimeError("nobody thought of this")
+
+
+async def test_who_can_not_come_in_together_comes_in_alone(
+    job_server: EmbeddedJobServer, tmp_path: Path
+) -> None:
+    with at(tmp_path, job_server, store=Broken, sweeps=False) as host:
+        tickets = calls(host, "1")
+        await eventually(lambda: job_server.stats().created == JOBS, within=10)
+        for job in job_server.jobs():
+            job_server.end(job.name, "succeeded")
+        outcomes = await ends(tickets)
+    assert [each.value.data for each in outcomes if isinstance(each, Outcome)] == list(range(JOBS))
+
+
+class Raced(SqlStore):
+    """Another process takes jobs over while a pass is about to look at them."""
+
+    taken: frozenset[JobKey] = frozenset()
+
+    async def records(self, keys: Collection[JobKey]) -> Sequence[Record]:
+        for record in await super().records(keys):
+            if record.key in self.taken:
+                await self.move(Move.taking(record, "another process"))
+        return await super().records(keys)
+
+
+async def test_a_pass_leaves_alone_what_was_taken_while_it_looked(
+    job_server: EmbeddedJobServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = await left(tmp_path, job_server)
+    monkeypatch.setattr(Raced, "taken", frozenset({jobs[0].key, jobs[1].key}))
+    cancelled = {"run-1": Fate(RunState.CANCELLED, "Cancelled")}
+    report = await swept(tmp_path, job_server, cancelled, store=Raced)
+    assert (report.looked_at, report.driven, len(report.jobs)) == (JOBS, 2, JOBS - 2)
+    assert {job.name for job in job_server.jobs() if job.state == "running"} == Raced.taken
