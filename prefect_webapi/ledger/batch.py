@@ -12,7 +12,7 @@ import asyncio
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from sqlalchemy import Connection, Row, TextClause
@@ -51,7 +51,8 @@ class Intent:
     answer: Drawn | LedgerError | None = None
 
     def __post_init__(self) -> None:
-        self.levels = canonical_json(dict(self.draft.levels))
+        levels = self.draft.levels
+        self.levels = canonical_json(dict(levels)) if levels else "{}"
 
 
 @dataclass(slots=True, eq=False)
@@ -155,7 +156,7 @@ def _draw(
         (row.base, row.ordinal): row for row in _fetch(conn, sql.records, places.values())
     }
     made: dict[JobKey, Record] = {}
-    left: dict[Intent, Record] = {}
+    left: dict[Intent, Row[Any]] = {}
     for intent in intents:
         draft, place = intent.draft, (intent.draft.base, ordinals[intent])
         found = newest.get(place)
@@ -166,18 +167,20 @@ def _draw(
         elif isinstance(found, Record):
             intent.answer = Drawn(found, made=False)
         else:
+            taken = _taken_by(draft, found) if _inherits(draft, found) else None
             try:
-                newest[place] = record = reader.read(found)
+                newest[place] = record = reader.read(found, taken)
             except LedgerError as exc:
                 intent.answer = exc
-            else:
-                intent.answer = Drawn(record, made=repeated and _was_made_for(draft, record))
-                if _inherits(draft, record):
-                    left[intent] = record
+                continue
+            made_it = repeated and _was_made_for(draft, record)
+            intent.answer = Drawn(record, made=made_it, taken=taken is not None)
+            if taken is not None:
+                left[intent] = found
     if made:
         _apply(conn, sql.insert_jobs, map(row_of, made.values()))
     if left:
-        _take_over(conn, sql, left)
+        _take_over(conn, sql, reader, left)
 
 
 def _is_done_with(newest: Row[Any] | Record, draft: Draft) -> bool:
@@ -192,29 +195,36 @@ def _is_done_with(newest: Row[Any] | Record, draft: Draft) -> bool:
     return was_delivered and not draft.reuse_results
 
 
-def _inherits(draft: Draft, record: Record) -> bool:
-    is_the_same = record.fingerprint == draft.fingerprint  # else the call has no right to it
-    return record.runtime in draft.heir_of and not record.state.is_over and is_the_same
+def _inherits(draft: Draft, found: Row[Any]) -> bool:
+    state = JobState.__members__.get(found.state)
+    if state is None or state.is_over or found.runtime not in draft.heir_of:
+        return False
+    return found.fingerprint == draft.fingerprint  # else the call has no right to it
 
 
-def _take_over(conn: Connection, sql: Statements, left: Mapping[Intent, Record]) -> None:
-    """Make those who ask the owners of jobs that were left behind; who is too late is told of the job as it was."""
-    by_key = sorted(left.items(), key=lambda each: each[1].key)  # all processes lock in one order
-    wanted = ({**_owners(i.draft), "key": r.key, "was": r.state, "had": r.fence} for i, r in by_key)
-    changed = {row.key for row in _fetch(conn, sql.take_jobs, wanted)}
-    for intent, old in left.items():
-        if old.key in changed:
-            record = replace(old, fence=old.fence + 1, **_owners(intent.draft))
-            intent.answer = Drawn(record, made=False, taken=True)
-
-
-def _owners(draft: Draft) -> dict[str, str]:
+def _taken_by(draft: Draft, found: Row[Any]) -> dict[str, Any]:
     return {
+        "fence": found.fence + 1,
         "runtime": draft.runtime,
         "flow_run": draft.flow_run,
         "root_run": draft.root_run,
         "task_run": draft.owner_task_run,
     }
+
+
+def _take_over(
+    conn: Connection, sql: Statements, reader: RecordReader, left: Mapping[Intent, Row[Any]]
+) -> None:
+    """Make those who ask the owners of jobs that were left behind; who is too late is told of the job as it was."""
+    by_key = sorted(left.items(), key=lambda each: each[1].key)  # all processes lock in one order
+    wanted = (
+        {**_taken_by(intent.draft, row), "key": row.key, "was": row.state, "had": row.fence}
+        for intent, row in by_key
+    )
+    changed = {row.key for row in _fetch(conn, sql.take_jobs, wanted)}
+    for intent, row in left.items():
+        if row.key not in changed:
+            intent.answer = Drawn(reader.read(row), made=False)
 
 
 def _was_made_for(draft: Draft, record: Record) -> bool:

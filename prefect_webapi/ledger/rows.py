@@ -90,14 +90,15 @@ class RecordReader:
         self._address = address
         self._logged: set[str] = set()
 
-    def read(self, row: Row[Any]) -> Record:
-        """The record.
+    def read(self, row: Row[Any], changes: Mapping[str, Any] | None = None) -> Record:
+        """The record; with `changes`, as it will be once these columns have other values.
 
         Raises:
             LedgerFormatTooNew: a newer version of the package wrote it.
             LedgerError: it is corrupt.
         """
-        stored = row._mapping  # pyright: ignore[reportPrivateUsage]  SQLAlchemy's documented name
+        stored = dict(zip(row._fields, row, strict=True))  # pyright: ignore[reportPrivateUsage]  documented
+        stored.update(changes or {})
         try:
             details = Details.from_json(stored["details"])
             if details.format > FORMAT:
@@ -159,7 +160,7 @@ def _format_of(details: Any) -> int:
     return found if isinstance(found, int) else 0
 
 
-def _record(stored: Mapping[Any, Any], details: Details) -> Record:
+def _record(stored: Mapping[str, Any], details: Details) -> Record:
     deadline = stored["deadline"]
     return Record(
         key=JobKey(stored["key"]),

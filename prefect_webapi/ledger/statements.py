@@ -115,9 +115,10 @@ class Statements:
             " AND webapi_job.fence = v.had RETURNING webapi_job.key"
         )
         owners = ("runtime", "flow_run", "root_run", "task_run")
-        taken = {"key": "text", "was": "text", "had": "int"} | dict.fromkeys(owners, "text")
+        taken = {"key": "text", "was": "text", "had": "int", "fence": "int"}
+        taken |= dict.fromkeys(owners, "text")
         self.take_jobs = text(
-            "UPDATE webapi_job SET fence = webapi_job.fence + 1,"
+            "UPDATE webapi_job SET fence = v.fence,"
             f" {', '.join(f'{name} = v.{name}' for name in owners)} FROM {values(**taken)}"
             " WHERE webapi_job.key = v.key AND webapi_job.state = v.was"
             " AND webapi_job.fence = v.had RETURNING webapi_job.key"
