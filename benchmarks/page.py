@@ -1,6 +1,7 @@
 """Write the figures of a run into `docs/benchmarks.md`, below its marker, and the plots into `docs/img`.
 
-Run: `uv run python -m benchmarks.page FOLDER`, where `benchmarks.all --folder FOLDER` has left what each printed
+Run: `uv run python -m benchmarks.page FOLDER`, where `benchmarks.all --folder FOLDER` has left what each printed, or
+you have put it: `benchmarks.NAME --json > FOLDER/NAME.json`. Of a benchmark that is not there, the section stays.
 """
 
 from __future__ import annotations
@@ -21,10 +22,14 @@ MARKER = "<!-- what follows is written by benchmarks.page -->\n"
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    preface, marker, _ = PAGE.read_text().partition(MARKER)
+    preface, marker, written = PAGE.read_text().partition(MARKER)
     assert marker, f"{PAGE} has lost its marker"
-    parts = [part for name in NAMES for part in _section(folder, name)]
-    PAGE.write_text(preface + marker + "\n" + "\n\n".join(parts) + "\n")
+    sections = {part.partition("\n")[0]: part for part in written.split("\n## ")[1:]}
+    for name in NAMES:
+        if new := "\n\n".join(_section(folder, name)):
+            sections[name] = new
+    found = [f"## {sections[name].strip()}\n" for name in NAMES if name in sections]
+    PAGE.write_text(preface + marker + "\n" + "\n".join(found))
 
 
 def _section(folder: Path, name: str) -> Iterator[str]:
@@ -33,7 +38,7 @@ def _section(folder: Path, name: str) -> Iterator[str]:
     if "tables" not in report:
         return
     machine = report["machine"]
-    yield f"## {name}"
+    yield name
     asked = f"benchmarks.{name} {report['asked']}".rstrip()
     yield f"{report['question']} Printed by `uv run python -m {asked}`."
     yield f"*{', '.join(f'{key} {value}' for key, value in machine.items())}.*"

@@ -43,6 +43,12 @@ PROGRESS_SECONDS = 10.0
 """Least time between two reports of one job under the same state name."""
 
 
+STORED_PER_SECOND, STORED_AHEAD_SECONDS = 77, 1.0
+"""Events that Prefect's server stores; and for how many seconds' worth of the task runs' own we still add ours."""
+EVENTS_OF_A_START, EVENTS_OF_AN_END = 2, 2
+"""Pending and Running; the last state, and ours of the job."""
+
+
 def emit_state(task_run: TaskRun, shown: Shown, *, follows: Event | None = None) -> Event | None:
     """Change the state of a live task run by an event, as Prefect's own engine does.
 
@@ -70,6 +76,9 @@ def emit_state(task_run: TaskRun, shown: Shown, *, follows: Event | None = None)
 class Display:
     """The budget of one process. `run` sends what had to wait.
 
+    While task runs start or end by the hundred, nothing is spent: the server stores their own events first, and would
+    show ours when they are old.
+
     All but `run` may be called from any thread.
     """
 
@@ -80,7 +89,7 @@ class Display:
         self._now = monotonic
         self._tokens = max(1.0, events_per_second)
         self._size = self._tokens
-        self._at = monotonic()
+        self._at = self._stored_at = monotonic()
         self._lock = threading.Lock()
         self._ready: dict[TaskRunReporter, None] = {}
         self._later: list[tuple[float, int, TaskRunReporter]] = []
@@ -117,6 +126,11 @@ class Display:
             self._ready.pop(reporter, None)
             self._resting.discard(reporter)
 
+    def others(self, events: int) -> None:
+        """So many events go to the server whatever the budget says."""
+        with self._lock:
+            self._stored_at = max(self._stored_at, self._now()) + events / STORED_PER_SECOND
+
     def spare(self) -> bool:
         """Whether the budget has room for one event more, which is spent then."""
         return self._take()
@@ -126,7 +140,7 @@ class Display:
             now = self._now()
             self._tokens = min(self._size, self._tokens + (now - self._at) * self._rate)
             self._at = now
-            if self._tokens < 1:
+            if self._tokens < 1 or self._stored_at - now > STORED_AHEAD_SECONDS:
                 return False
             self._tokens -= 1
             return True
@@ -198,6 +212,7 @@ class TaskRunReporter:
         self._deployment = deployment
         self._logger = task_run_logger(task_run=context.task_run, task=context.task)
         self._context = contextvars.copy_context()
+        display.others(EVENTS_OF_A_START)
         self._lock = threading.Lock()
         self._progress = display.artifacts.progress(
             flow_run=self._task_run.flow_run_id, task_run=self._task_run.id
@@ -251,6 +266,7 @@ class TaskRunReporter:
             left, self._left = self._left, 0
         self._progress.forsake(left)
         self._display.forget(self)
+        self._display.others(EVENTS_OF_AN_END)
         if story is not None:
             self._progress.note(story.key, None)
 

@@ -224,6 +224,29 @@ def test_the_budget_lets_no_more_than_its_rate_pass_and_forgets_nobody() -> None
     assert all(each.sent == 1 for each in reporters)
 
 
+def test_while_task_runs_start_by_the_hundred_their_own_events_go_first() -> None:
+    """The server stores some 77 a second; ours are sent when it comes to them, and a few starts hold nobody up."""
+    now = 0.0
+    display = Display(10, monotonic=lambda: now)
+    alone: Any = Shows()
+    display.others(2)
+    display.want(alone)
+    assert alone.sent == 1
+    display.others(770)
+    assert not display.spare()
+    reporters: list[Any] = [Shows() for _ in range(10)]
+    for reporter in reporters:
+        display.want(reporter)
+    for second in (5.0, 9.0):
+        now = second
+        while (pause := display.tick()) is not None and pause < 0.05:
+            pass
+        assert not any(each.sent for each in reporters)
+    now = 9.1
+    assert display.tick() is None
+    assert all(each.sent == 1 for each in reporters)
+
+
 def test_a_reporter_that_waits_twice_is_sent_once() -> None:
     now = 0.0
     display = Display(1, monotonic=lambda: now)
