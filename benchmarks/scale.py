@@ -61,11 +61,12 @@ from benchmarks.measure import (
 )
 from benchmarks.plot import Curves
 from prefect_webapi import EngineSettings
-from prefect_webapi._prefect.collector import YOUNG, collected_seldom
+from prefect_webapi._prefect.collector import collected_seldom
 from prefect_webapi.engine.contexts import StatusView
 from prefect_webapi.engine.host import Host, Ticket
 from prefect_webapi.engine.runtime import Runtime
 from prefect_webapi.metrics import Metrics
+from prefect_webapi.settings import WebApiSettings
 from tests.support.engine import engine, request
 
 SIZES, QUICK_SIZES = (100, 1_000, 10_000, 100_000), (1_000,)
@@ -73,6 +74,7 @@ GAP_SECONDS, QUICK_GAP_SECONDS = 30, 3
 PROBED_SECONDS = 2.0
 IDLE_SECONDS = 2.0
 GIVE_UP_SECONDS = 1_800.0
+GC_THRESHOLD: int = WebApiSettings.model_fields["gc_threshold"].default
 LOOKS_SECONDS = 0.1
 """So often what is waited for is looked at: that takes the engine's time, too."""
 SNAPSHOTS = 100_000
@@ -178,7 +180,7 @@ def _life(gap: int, folder: str) -> Generator[tuple[Host, CollectorRegistry]]:
     registry = CollectorRegistry()
     blocks = {"default": connection}
     with (
-        collected_seldom(YOUNG),  # as in a process of Prefect tasks
+        collected_seldom(GC_THRESHOLD),  # as in a process of Prefect tasks
         engine(Path(folder), [ENTRY], blocks, metrics=Metrics(registry)) as host,
     ):
         host.start()

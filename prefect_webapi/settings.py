@@ -25,7 +25,6 @@ from pydantic import BeforeValidator, Field, SecretStr, ValidationError, field_v
 from pydantic_core import PydanticCustomError
 from pydantic_settings import NoDecode, SettingsConfigDict, SettingsError
 
-from prefect_webapi._prefect.collector import YOUNG
 from prefect_webapi.contract.config import EngineFields
 from prefect_webapi.contract.errors import ConfigurationError
 from prefect_webapi.contract.faults import (
@@ -87,7 +86,7 @@ class WebApiSettings(EngineFields, PrefectBaseSettings):
         default=1.0, ge=0.05, le=60, description="Seconds between two looks for a cancellation."
     )
     gc_threshold: int = Field(
-        default=YOUNG,
+        default=5_000,
         ge=0,
         le=1_000_000,
         description="Objects that are made before Python's garbage collector looks at them; 0 leaves Python's own.",

@@ -6,10 +6,7 @@ import gc
 from collections.abc import Generator
 from contextlib import contextmanager
 
-__all__ = ["YOUNG", "collected_seldom"]
-
-YOUNG = 5_000
-"""The default of the setting."""
+__all__ = ["collected_seldom"]
 
 
 @contextmanager

@@ -43,8 +43,9 @@ PROGRESS_SECONDS = 10.0
 """Least time between two reports of one job under the same state name."""
 
 
-STORED_PER_SECOND, STORED_AHEAD_SECONDS = 77, 1.0
-"""Events that Prefect's server stores; and for how many seconds' worth of the task runs' own we still add ours."""
+STORED_PER_SECOND, STORED_AHEAD_SECONDS, LONGEST_SECONDS = 77, 1.0, 30.0
+"""Events that Prefect's server stores; for how many seconds' worth of the task runs' own we still add ours; and how
+long we wait for them at most: other servers are quicker."""
 EVENTS_OF_A_START, EVENTS_OF_AN_END = 2, 2
 """Pending and Running; the last state, and ours of the job."""
 
@@ -129,7 +130,9 @@ class Display:
     def others(self, events: int) -> None:
         """So many events go to the server whatever the budget says."""
         with self._lock:
-            self._stored_at = max(self._stored_at, self._now()) + events / STORED_PER_SECOND
+            now = self._now()
+            stored_at = max(self._stored_at, now) + events / STORED_PER_SECOND
+            self._stored_at = min(stored_at, now + LONGEST_SECONDS)
 
     def spare(self) -> bool:
         """Whether the budget has room for one event more, which is spent then."""
@@ -189,7 +192,7 @@ class Display:
                     return max(0.02, self._later[0][0] - now) if self._later else None
             due = first.due_in()
             if due == 0 and not self._take():
-                return max(0.02, 1 / self._rate)
+                return max(0.02, 1 / self._rate, self._stored_at - now - STORED_AHEAD_SECONDS)
             with self._lock:
                 self._ready.pop(first, None)
                 if due:

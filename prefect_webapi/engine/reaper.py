@@ -160,7 +160,7 @@ async def sweep(
 
     Raises:
         LedgerError: the ledger can't be used.
-        PrefectUnavailable: nobody knows how the flow runs stand, so nothing was done.
+        PrefectUnavailable: nobody knows how the flow runs stand, so no job was touched.
     """
     return await _Pass(runtime, connection).run(dry_run=dry_run, only=only, stay=stay)
 
@@ -261,10 +261,20 @@ class _Pass:
         self._taken: list[Job] = []
         self._loaded: dict[tuple[str, str, str], Loaded | None] = {}
         self._fates: dict[str, Fate] = {}
+        self._driven = self._undriven = 0
+        self._lets_in_until = 0.0
 
     async def run(
         self, *, dry_run: bool, only: Collection[JobKey] | None, stay: bool
     ) -> SweepReport:
+        had_let_go = self._runtime.has_let_go
+        try:
+            return await self._run(dry_run, only, stay)
+        except BaseException:
+            self._runtime.has_let_go |= had_let_go  # not all of them were looked at
+            raise
+
+    async def _run(self, dry_run: bool, only: Collection[JobKey] | None, stay: bool) -> SweepReport:
         store = self._services.store
         now = self._services.clock.now()
         if only is None:
@@ -274,9 +284,7 @@ class _Pass:
         me = self._runtime.me
         living = {row.id: is_alive(row, me=me, now=now) for row in rows.values()}
         plans: list[tuple[_Case, _Decision]] = []
-        undriven = 0
-        async for records in self._undriven(found, living, now, stay):
-            undriven += len(records)
+        async for records in self._left_behind(found, living, now, stay):
             if any(record.runtime == me.id for record in records):
                 self._runtime.has_let_go = True
             for case in await self._cases(records, rows):
@@ -288,8 +296,8 @@ class _Pass:
         plans = await self._name_the_superseded(plans)
         report = SweepReport(
             dry_run=dry_run,
-            looked_at=len(found),
-            driven=len(found) - undriven,
+            looked_at=self._driven + self._undriven,
+            driven=self._driven,
             jobs=tuple(_line(case.record, decision) for case, decision in plans),
         )
         if dry_run:
@@ -316,32 +324,36 @@ class _Pass:
         self._count(report)
         return report.model_copy(update={"troubles": tuple(self._troubles)})
 
-    async def _undriven(
+    async def _left_behind(
         self, found: Sequence[OpenJob], living: Mapping[str, bool], now: datetime, stay: bool
     ) -> AsyncGenerator[Sequence[Record]]:
-        """The records that no living process drives, some at a time."""
-        left = {
-            job.key: job.runtime
-            async for job in in_portions(found, AT_ONCE)
-            if not self._is_driven(job, living, now)
-        }
+        """The records that no living process drives, some at a time; they are counted, and the others."""
+        left: dict[JobKey, str] = {}
+        async for job in in_portions(found, AT_ONCE):
+            if self._is_driven(job, living, now):
+                self._driven += 1
+            else:
+                left[job.key] = job.runtime
         keys = list(left)
+        clock = self._services.clock
+        self._lets_in_until = clock.monotonic() + PATIENCE.total_seconds()
         for start in range(0, len(keys), AT_ONCE):
             if stay:
                 await self._let_calls_in()
-            yield [
-                record
-                for record in await self._services.store.records(keys[start : start + AT_ONCE])
-                if record.state is not JobState.CLOSED
-                and record.runtime == left[record.key]  # else somebody has taken it meanwhile
-                and not self._is_driven(OpenJob.of(record), living, now)
-            ]
+            records: list[Record] = []
+            for record in await self._services.store.records(keys[start : start + AT_ONCE]):
+                is_ours_now = self._is_driven(OpenJob.of(record), living, now)
+                if is_ours_now or record.runtime != left[record.key]:  # it was taken meanwhile
+                    self._driven += 1
+                elif record.state is not JobState.CLOSED:
+                    records.append(record)
+            self._undriven += len(records)
+            yield records
 
     async def _let_calls_in(self) -> None:
-        """Who calls for jobs by the thousand goes first: most are those that a process has left."""
+        """Who calls for jobs by the thousand goes first, for a while: most are those that a process has left."""
         clock = self._services.clock
-        until = clock.monotonic() + PATIENCE.total_seconds()
-        while self._runtime.is_crowded and clock.monotonic() < until:
+        while self._runtime.is_crowded and clock.monotonic() < self._lets_in_until:
             await clock.sleep(0.1)
 
     def _is_driven(self, job: OpenJob, living: Mapping[str, bool], now: datetime) -> bool:

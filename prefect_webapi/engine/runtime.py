@@ -119,6 +119,7 @@ class Runtime:
         self._jobs: dict[JobKey, Job] = {}
         self._entering: set[Call] = set()
         self._lobbies: dict[Hashable, Lobby[Call]] = {}
+        self._parties: set[asyncio.Event] = set()
         self._ended: dict[Call, Ending] = {}
         self._inbox: deque[Callable[[], None]] = deque()
         self._mail = asyncio.Event()
@@ -477,26 +478,40 @@ class Runtime:
             self._tasks.start_soon(self._enter_together, calls)
 
     async def _enter_together(self, calls: Sequence[Call]) -> None:
-        """Of those who come to one connection at one time: the ledger is asked once for the records of all."""
+        """Of those who come to one connection at one time: the ledger is asked once for the records of all.
+
+        From the answer until each has begun with its record this process has records that it does not drive yet. Other
+        calls that are told of one wait for the end of the party, and don't take it for one that was let go.
+        """
         met: dict[Call, _Meeting] = {}
+        is_over = asyncio.Event()
+        self._parties.add(is_over)
         try:
-            met = await self._meet(calls)
-        except Exception as error:  # noqa: BLE001 - each meets it again by himself, and hears of it
-            logger.debug("%s calls enter one by one: %r", len(calls), error)
-        async for call in in_portions(calls, ENTERED_AT_ONCE):
-            meeting = met.get(call)
-            if meeting is not None and self._resumes(call, meeting):
-                self._come_in(call)
-            else:
-                self._tasks.start_soon(self._enter, call, meeting)
+            try:
+                met = await self._meet(calls)
+            except Exception as error:  # noqa: BLE001 - each meets it again by himself, and hears of it
+                logger.debug("%s calls enter one by one: %r", len(calls), error)
+            async for call in in_portions(calls, ENTERED_AT_ONCE):
+                meeting = met.get(call)
+                if meeting is not None and self._resumes(call, meeting):
+                    self._come_in(call)
+                else:  # it begins before those that wait for the party
+                    self._tasks.start_soon(self._enter, call, meeting)
+        finally:
+            self._parties.discard(is_over)
+            is_over.set()
+
+    async def _until_parties_are_over(self) -> None:
+        for party in list(self._parties):
+            await party.wait()
 
     async def _meet(self, calls: Sequence[Call]) -> dict[Call, _Meeting]:
         """The records of those who need nothing but the ledger for it; whoever is not among them asks for himself."""
         channel = await self._channel_for(calls[0].request)
-        if channel.quotas:  # what each needs is asked of its plugin
-            return {}
         drafts: dict[Call, Draft] = {}
         async for call in in_portions(calls, ENTERED_AT_ONCE):
+            if channel.quotas:  # what each needs is asked of its plugin
+                break
             if call.is_waiting and call not in self._ended:
                 with suppress(WebApiError):
                     drafts[call] = await self._draft_for(channel, call.request)
@@ -533,15 +548,21 @@ class Runtime:
         except Exception:  # noqa: BLE001 - it is told where one job is taken up by itself
             return False
         self._begin(job, call, made=False)
-        if job.is_unwanted or job.is_left:
-            self._tasks.start_soon(
-                self._guarded, job, partial(self._advance, job, channel, made=False)
-            )
+        if job.is_unwanted or job.is_left or not self._watches(job, handle):
+            advance = partial(self._advance, job, channel, made=False)
+            self._tasks.start_soon(self._guarded, job, advance)
             return True
         job.note("ADMITTED", self._services.clock.now())
         job.holds_capacity = channel.capacity.take_now()
-        job.handle = handle
-        self._observer.watch(job, is_resumed=True)
+        return True
+
+    def _watches(self, job: Job, handle: Any) -> bool:
+        try:
+            job.handle = handle
+            self._observer.watch(job, is_resumed=True)
+        except Exception:  # noqa: BLE001 - as above
+            job.handle = None
+            return False
         return True
 
     async def _enter(self, call: Call, met: _Meeting | None = None) -> None:
@@ -569,13 +590,15 @@ class Runtime:
         services = self._services
         if met is None:
             channel = await self._channel_for(request)
-            draft, asked = await self._draft_for(channel, request), None
+            draft = await self._draft_for(channel, request)
             fault_point("KP-01")
         else:
-            channel, draft, asked = met.channel, met.draft, met.drawn
+            channel, draft = met.channel, met.draft
         loaded = channel.loaded
-        while asked is not None or call.is_waiting or call in self._ended:
-            drawn, asked = asked or await services.store.intent(draft), None
+        waited_for: JobKey | None = None
+        while met is not None or call.is_waiting or call in self._ended:
+            drawn = met.drawn if met is not None else await services.store.intent(draft)
+            met = None
             if isinstance(drawn, LedgerError):
                 raise drawn
             found()
@@ -602,6 +625,10 @@ class Runtime:
                 call.answer(replace(outcome, is_of_another_run=is_of_another))
                 return
             if not drawn.made and not drawn.taken:
+                if record.runtime == self._me.id and waited_for != record.key:
+                    waited_for = record.key  # it may be about to be driven: see `_enter_together`
+                    await self._until_parties_are_over()
+                    continue
                 if await self._others.drive(record):
                     outcome = await self._others.follow(
                         record, call, partial(self._ended.get, call)
@@ -613,7 +640,7 @@ class Runtime:
                     call.answer(outcome)
                     return
                 taken = await take_over(services, record, request.caller)
-                if taken is None:
+                if taken is None or self.drives(record.key):
                     continue
                 record = taken
             if record.details.orphaned and not drawn.made:  # it ends; then this call gets another

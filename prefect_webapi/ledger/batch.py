@@ -180,7 +180,10 @@ def _draw(
     if made:
         _apply(conn, sql.insert_jobs, map(row_of, made.values()))
     if left:
-        _take_over(conn, sql, reader, left)
+        lost = _take_over(conn, sql, left)
+        for intent in intents:  # also the second one that asked for the same job
+            if isinstance(intent.answer, Drawn) and intent.answer.record.key in lost:
+                intent.answer = Drawn(reader.read(lost[intent.answer.record.key]), made=False)
 
 
 def _is_done_with(newest: Row[Any] | Record, draft: Draft) -> bool:
@@ -213,18 +216,16 @@ def _taken_by(draft: Draft, found: Row[Any]) -> dict[str, Any]:
 
 
 def _take_over(
-    conn: Connection, sql: Statements, reader: RecordReader, left: Mapping[Intent, Row[Any]]
-) -> None:
-    """Make those who ask the owners of jobs that were left behind; who is too late is told of the job as it was."""
+    conn: Connection, sql: Statements, left: Mapping[Intent, Row[Any]]
+) -> Mapping[JobKey, Row[Any]]:
+    """Make those who ask the owners of jobs that were left behind. Which were lost to others, as they were before."""
     by_key = sorted(left.items(), key=lambda each: each[1].key)  # all processes lock in one order
     wanted = (
         {**_taken_by(intent.draft, row), "key": row.key, "was": row.state, "had": row.fence}
         for intent, row in by_key
     )
     changed = {row.key for row in _fetch(conn, sql.take_jobs, wanted)}
-    for intent, row in left.items():
-        if row.key not in changed:
-            intent.answer = Drawn(reader.read(row), made=False)
+    return {row.key: row for row in left.values() if row.key not in changed}
 
 
 def _was_made_for(draft: Draft, record: Record) -> bool:

@@ -154,16 +154,21 @@ class SqlReader:
         rows = await self._fetch(query.order_by(job.created_at, job.key))
         found: list[OpenJob] = []
         async for row in in_portions(rows, _SEEN_AT_ONCE):
-            at: Any = row.updated_at
-            updated_at = from_micros(at if isinstance(at, int) else 0)  # read whole, it is refused
+            try:
+                updated_at = from_micros(row.updated_at)
+            except (TypeError, OverflowError):
+                updated_at = from_micros(0)  # read whole, the record is refused
             state, has_handle = JobState(row.state), bool(row.has_handle)
             found.append(OpenJob(row.key, row.runtime, state, has_handle, updated_at))
         return found
 
     async def records(self, keys: Collection[JobKey]) -> Sequence[Record]:
-        job = schema.job.c
-        query = _of_these(keys).order_by(job.created_at, job.key)
-        return self._reader.read_all(await self._fetch(query))
+        job, wanted, found = schema.job.c, sorted(keys), list[Record]()
+        for start in range(0, len(wanted), _READ_AT_ONCE):
+            query = _of_these(wanted[start : start + _READ_AT_ONCE])
+            rows = await self._fetch(query.order_by(job.created_at, job.key))
+            found += self._reader.read_all(rows)
+        return found
 
     async def quotas(self) -> Sequence[QuotaRow]:
         rows = await self._fetch(select(schema.quota).order_by(schema.quota.c.name))

@@ -53,7 +53,7 @@ _UPGRADE_LOCK = 0x7765626170690001  # "webapi": one upgrade at a time in one Pos
 
 metadata = MetaData()
 
-# One row per base: its lock orders the draws of all processes.
+# One row per base: its lock orders the draws of all processes. Postgres only: SQLite has one lock for all.
 group = Table(
     "webapi_group",
     metadata,

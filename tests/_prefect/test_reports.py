@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, cast
 from uuid import UUID
 
+import pytest
 from prefect import flow, task
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterTaskRunId
@@ -245,6 +246,12 @@ def test_while_task_runs_start_by_the_hundred_their_own_events_go_first() -> Non
     now = 9.1
     assert display.tick() is None
     assert all(each.sent == 1 for each in reporters)
+    display.others(1_000_000)  # such a server is another one: nothing waits for hours
+    display.want(late := cast(Any, Shows()))
+    assert display.tick() == pytest.approx(29.0)
+    now = 40.0
+    assert display.tick() is None
+    assert late.sent == 1
 
 
 def test_a_reporter_that_waits_twice_is_sent_once() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import threading
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,6 +21,7 @@ from prefect_webapi.contract.errors import (
 )
 from prefect_webapi.contract.keys import JobKey
 from prefect_webapi.engine.host import Host, Ticket
+from prefect_webapi.engine.reaper import sweep
 from prefect_webapi.engine.request import Fate, Outcome, RunState
 from prefect_webapi.engine.runtime import Runtime
 from prefect_webapi.ledger.records import Draft, Drawn, JobState, Move, Record
@@ -26,8 +29,9 @@ from prefect_webapi.ledger.sql import SqlStore
 from prefect_webapi.testing import EmbeddedJobServer
 from prefect_webapi_jobserver import ReportJob
 from tests.ledger.raw import raw
-from tests.support.engine import at, request
-from tests.support.ledger import ledger_of
+from tests.support.engine import GivenRuns, at, engine, request
+from tests.support.ledger import another_store, draft_for, ledger_of
+from tests.support.plugins import ALL
 from tests.support.sweeping import swept
 from tests.support.waiting import eventually
 from tests.support.witness import records
@@ -255,3 +259,109 @@ async def test_a_pass_leaves_alone_what_was_taken_while_it_looked(
     report = await swept(tmp_path, job_server, cancelled, store=Raced)
     assert (report.looked_at, report.driven, len(report.jobs)) == (JOBS, 2, JOBS - 2)
     assert {job.name for job in job_server.jobs() if job.state == "running"} == Raced.taken
+
+
+class Slow(SqlStore):
+    """What was asked together is answered late."""
+
+    answers: ClassVar[threading.Event]
+    is_asked: ClassVar[threading.Event]
+
+    async def intents(self, drafts: Sequence[Draft]) -> Sequence[Drawn | LedgerError]:
+        drawn = await super().intents(drafts)
+        self.is_asked.set()
+        while not self.answers.is_set():  # noqa: ASYNC110 - set by another thread
+            await asyncio.sleep(0.01)
+        return drawn
+
+
+async def test_an_equal_call_does_not_take_a_job_that_is_about_to_be_driven(
+    job_server: EmbeddedJobServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ledger names this process as its owner, which does not look after it yet."""
+    monkeypatch.setattr(Slow, "answers", threading.Event(), raising=False)
+    monkeypatch.setattr(Slow, "is_asked", threading.Event(), raising=False)
+
+    def named(spec: ReportJob, task_run: str) -> Ticket:
+        key = f"day {spec.day}"
+        return host.admit(request(spec, task_type="keys", idempotency_key=key, task_run=task_run))
+
+    with at(tmp_path, job_server, store=Slow, sweeps=False) as host:
+        tickets = [named(spec, "first") for spec in SPECS]
+        await asyncio.to_thread(Slow.is_asked.wait, 10)
+        alone = named(SPECS[-1], "second")
+
+        async def has_asked() -> bool:
+            return alone in await asyncio.wrap_future(host.perform(_entering))
+
+        await eventually(has_asked, within=10)
+        await asyncio.sleep(0.5)  # it would have taken the job by then
+        Slow.answers.set()
+        await eventually(lambda: job_server.stats().created == JOBS, within=10)
+        for job in job_server.jobs():
+            job_server.end(job.name, "succeeded")
+        outcomes = await ends([*tickets, alone])
+    found = [each.value.data for each in outcomes if isinstance(each, Outcome)]
+    assert found == [*range(JOBS), JOBS - 1]
+    assert job_server.stats().created == JOBS
+    assert {record.fence for record in await records(tmp_path)} == {1}
+
+
+async def _entering(runtime: Runtime) -> set[Any]:
+    return set(runtime._entering)  # pyright: ignore[reportPrivateUsage] # no public way
+
+
+async def test_a_record_that_no_code_is_ready_for_hurts_its_own_job_only(
+    job_server: EmbeddedJobServer, tmp_path: Path
+) -> None:
+    """Whatever it is: the engine goes on, and who asks again is told the same."""
+    jobs, ledger = await left(tmp_path, job_server), ledger_of(tmp_path)
+    details = json.loads(jobs[5].details.to_json())
+    details["created_remotely_at"] = "2024-01-01T00:00:00"  # without a zone
+    sql = "UPDATE webapi_job SET details = :details WHERE key = :key"
+    await raw(ledger, sql, details=json.dumps(details), key=jobs[5].key)
+    with at(tmp_path, job_server, sweeps=False) as host:
+        tickets = calls(host, "2")
+        with pytest.raises(TypeError):
+            await asyncio.wait_for(tickets[5].outcome(), 10)
+        [again] = calls(host, "2", [SPECS[5]])
+        with pytest.raises(TypeError):
+            await asyncio.wait_for(again.outcome(), 10)
+        for job in job_server.jobs():
+            job_server.end(job.name, "succeeded")
+        outcomes = await ends(tickets)
+    well = [each.value.data for each in outcomes if isinstance(each, Outcome)]
+    assert well == [day for day in range(JOBS) if day != 5]
+
+
+async def test_a_pass_counts_what_it_can_not_read_as_nothing(
+    job_server: EmbeddedJobServer, tmp_path: Path
+) -> None:
+    jobs, ledger = await left(tmp_path, job_server), ledger_of(tmp_path)
+    where = " WHERE key = :key"
+    await raw(ledger, "UPDATE webapi_job SET details = '{'" + where, key=jobs[0].key)
+    await raw(
+        ledger, "UPDATE webapi_job SET updated_at = 1000000000000000000" + where, key=jobs[1].key
+    )
+    report = await swept(tmp_path, job_server)
+    assert (report.looked_at, report.driven, len(report.jobs)) == (JOBS - 2, 0, JOBS - 2)
+
+
+class Silent(GivenRuns):
+    async def fates(self, *ids: Any) -> Any:
+        raise LedgerUnavailable("no answer")
+
+
+async def test_a_pass_that_breaks_off_forgets_none_of_our_own(tmp_path: Path) -> None:
+    """Those that this process has let go are looked for again by the next one."""
+    with engine(tmp_path, ALL, {}, runs=Silent(), sweeps=False) as host:
+        async with another_store(ledger_of(tmp_path)) as store:
+            await store.intents([draft_for(f"{n}", runtime="dead") for n in range(3)])
+
+        async def broken_off(runtime: Runtime) -> bool:
+            runtime.has_let_go = True
+            with pytest.raises(LedgerUnavailable):
+                await sweep(runtime, stay=True)
+            return runtime.has_let_go
+
+        assert await asyncio.wrap_future(host.perform(broken_off))

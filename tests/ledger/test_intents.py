@@ -9,11 +9,13 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
+from sqlalchemy.util import await_only
 
 from prefect_webapi.contract.errors import LedgerError
 from prefect_webapi.contract.keys import Fingerprint, job_key
 from prefect_webapi.contract.phase import PhaseInfo
-from prefect_webapi.ledger.records import Details, Drawn, JobState, Record
+from prefect_webapi.ledger import batch
+from prefect_webapi.ledger.records import Details, Drawn, JobState, Move, MoveResult, Record
 from prefect_webapi.ledger.sql import SqlStore
 from tests.ledger.processes import start_worker, told_by
 from tests.ledger.raw import raw
@@ -329,6 +331,29 @@ async def test_many_that_are_asked_for_together_are_answered_in_order(
     await raw(ledger_url, "UPDATE webapi_job SET details = '{' WHERE key = :key", key=bad)
     broken = await store.intents(drafts)
     assert [n for n, each in enumerate(broken) if isinstance(each, LedgerError)] == [7]
+
+
+async def test_who_is_too_late_to_take_a_job_over_is_told_so_and_so_is_its_twin(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process takes it between the look at it and the taking; SQLite lets none come between."""
+    async with another_store(postgres_url) as ours, another_store(postgres_url) as theirs:
+        old = (await theirs.intent(draft_for(runtime="dead", pinned=True))).record
+        take_over = batch._take_over  # pyright: ignore[reportPrivateUsage] # the moment is inside
+
+        async def meanwhile() -> None:
+            move = Move.taking(old, "theirs", ("flow", "root", "task"))
+            assert await theirs.move(move) is MoveResult.OK
+
+        def late(*arguments: Any) -> Any:
+            await_only(meanwhile())
+            return take_over(*arguments)
+
+        monkeypatch.setattr(batch, "_take_over", late)
+        heir = draft_for(runtime="ours", pinned=True, heir_of={"dead"})
+        both = await ours.intents([heir, replace(heir, task_run="twin")])
+        assert [isinstance(each, Drawn) and each.record for each in both] == [old, old]
+        assert not any(isinstance(each, Drawn) and each.taken for each in both)
 
 
 def _keys(drawn: Sequence[Drawn | LedgerError]) -> list[str]:

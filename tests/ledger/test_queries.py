@@ -6,6 +6,8 @@ import asyncio
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import pytest
+
 from prefect_webapi.contract.keys import JobKey
 from prefect_webapi.ledger.records import JobState, Move, MoveResult, OpenJob, Pace, RuntimeRow
 from prefect_webapi.ledger.sql import SqlStore
@@ -197,8 +199,11 @@ async def test_open_jobs_are_seen_without_being_read(store: SqlStore, ledger_url
     assert await store.records([]) == []
 
 
-async def test_an_open_job_whose_time_is_none_is_seen_and_not_read(sqlite_store: SqlStore) -> None:
+@pytest.mark.parametrize("time", ["'noon'", "1000000000000000000"])
+async def test_an_open_job_whose_time_is_none_is_seen_and_not_read(
+    sqlite_store: SqlStore, time: str
+) -> None:
     record = (await sqlite_store.intent(draft_for())).record
-    await raw(f"sqlite:///{sqlite_store.address}", "UPDATE webapi_job SET updated_at = 'noon'")
+    await raw(f"sqlite:///{sqlite_store.address}", f"UPDATE webapi_job SET updated_at = {time}")
     assert [job.key for job in await sqlite_store.open_jobs()] == [record.key]
     assert await sqlite_store.records([record.key]) == []
