@@ -52,6 +52,8 @@ COMING = timedelta(minutes=1)
 """For so long a record that this process has made may be without its job here."""
 PATIENCE = timedelta(seconds=20)
 """How long a pass waits for the next job to be gone; what takes longer is the next pass's."""
+CROWDED = timedelta(minutes=2)
+"""How long it waits at most, in all, while calls come in by the thousand."""
 
 
 class Action(StrEnum):
@@ -336,7 +338,7 @@ class _Pass:
                 left[job.key] = job.runtime
         keys = list(left)
         clock = self._services.clock
-        self._lets_in_until = clock.monotonic() + PATIENCE.total_seconds()
+        self._lets_in_until = clock.monotonic() + CROWDED.total_seconds()
         for start in range(0, len(keys), AT_ONCE):
             if stay:
                 await self._let_calls_in()

@@ -96,10 +96,10 @@ READ_AT_ONCE = 200
 """Letters that are read before others get their turn of the loop."""
 COUNTED_AT_ONCE = 5_000
 """Jobs that are looked at before others get their turn of the loop; and so many a second at most."""
-COMING_IN, TOGETHER = 1000, 500
+COMING_IN, TOGETHER = 400, 200
 """Calls of a connection whose records are looked for at one time, and by one question: the loop is not held up by them
 for long, and has the next ones ready when the ledger has answered."""
-ENTERED_AT_ONCE = 100
+ENTERED_AT_ONCE = 50
 """Calls that are helped on their way before others get their turn of the loop."""
 SYNC_GRACE_SECONDS = 0.5
 
