@@ -18,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import tempfile
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -161,6 +161,10 @@ class CountedStore(SqlStore):
     async def intent(self, draft: Any) -> Any:
         CountedStore.writes += 1
         return await super().intent(draft)
+
+    async def intents(self, drafts: Sequence[Any]) -> Any:
+        CountedStore.writes += len(drafts)
+        return await super().intents(drafts)
 
     async def move(self, move: Move) -> MoveResult:
         CountedStore.writes += 1

@@ -44,7 +44,7 @@ from benchmarks.measure import (
 from benchmarks.plot import Curves
 from benchmarks.servers import prefect_server
 
-SIZES, QUICK_SIZES = (100, 1_000), (40,)
+SIZES, QUICK_SIZES = (100, 1_000), (100,)
 HELD_SECONDS, QUICK_HELD_SECONDS = 60.0, 2.0
 LIMIT = "webapi:bench:bench:default"
 PARTS = ("take", "hold", "give back")
@@ -221,11 +221,13 @@ WAYS: dict[str, Callable[[int, float], Figures]] = {
     "concurrency(), sync": theirs_sync,
     "concurrency(), async": theirs_async,
 }
+QUICK_WAYS = ("ours", "concurrency(), async")
 
 
 def run(chosen: Chosen) -> Report:
     sizes = chosen.sizes or (QUICK_SIZES if chosen.quick else SIZES)
     seconds = QUICK_HELD_SECONDS if chosen.quick else HELD_SECONDS
+    ways = QUICK_WAYS if chosen.quick else tuple(WAYS)
     with prefect_server():
 
         def on(way: str, slots: int) -> Callable[[], Figures]:
@@ -233,7 +235,7 @@ def run(chosen: Chosen) -> Report:
 
         measured = by_turns(
             chosen.repetitions,
-            {f"{way}, {n}": on(way, n) for n in sizes for way in WAYS},
+            {f"{way}, {n}": on(way, n) for n in sizes for way in ways},
         )
     tables = [
         Table(
@@ -246,7 +248,7 @@ def run(chosen: Chosen) -> Report:
                     if name.startswith(part) or (part == "hold" and name.startswith("threads"))
                 }
                 for n in sizes
-                for way in WAYS
+                for way in ways
             ],
         )
         for part in PARTS
@@ -273,7 +275,7 @@ def run(chosen: Chosen) -> Report:
                         (n, max(1e-3, measured[f"{way}, {n}"]["threads per held slot"].median))
                         for n in sizes
                     ]
-                    for way in WAYS
+                    for way in ways
                 },
             )
         ],
