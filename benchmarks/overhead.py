@@ -281,11 +281,13 @@ def run(chosen: Chosen) -> Report:
         cases: dict[str, Callable[[], Figures]] = {}
         for n in awaited:
             cases[f"awaited bare {n}"] = on(awaited_bare, n)
-            cases[f"awaited by hand {n}"] = on(awaited_by_hand, n, service.url)
+            if not chosen.quick:
+                cases[f"awaited by hand {n}"] = on(awaited_by_hand, n, service.url)
             cases[f"awaited remote {n}"] = on(awaited_remote, n, service.url)
         for n in mapped:
             cases[f"mapped bare {n}"] = on(mapped_bare, n)
-            cases[f"mapped by hand {n}"] = on(mapped_by_hand, n, service.url)
+            if not chosen.quick:
+                cases[f"mapped by hand {n}"] = on(mapped_by_hand, n, service.url)
             cases[f"mapped remote {n}"] = on(mapped_remote, n, service.url)
         cases[f"run_many {runs}"] = on(many, runs, service.url)
         measured = by_turns(chosen.repetitions, cases)
@@ -362,8 +364,7 @@ def run(chosen: Chosen) -> Report:
             Table("to the first byte", [dict(bytes_)]),
         ],
         notes=[
-            floor("awaited", at_awaited),
-            floor("mapped", max(mapped)),
+            *([] if chosen.quick else [floor("awaited", at_awaited), floor("mapped", max(mapped))]),
             f"run_many, {runs:,}: its requests in a bare loop take {bare_share:.3f} of an awaited task's CPU per job",
         ],
         targets=[
@@ -383,6 +384,7 @@ def run(chosen: Chosen) -> Report:
                 {
                     kind: [(n, median(f"awaited {kind} {n}", figure)) for n in awaited]
                     for kind in ("bare", "by hand", "remote")
+                    if f"awaited {kind} {awaited[0]}" in measured
                 },
             )
             for figure in (WALL, CPU, PEAK)
