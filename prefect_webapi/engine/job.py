@@ -264,12 +264,7 @@ class Job:
 
     @property
     def is_awaited(self) -> bool:
-        if self.is_swept:
-            return True
-        calls = self.calls
-        if len(calls) == 1:  # nearly always
-            return calls[0].is_waiting
-        return any(call.is_waiting for call in calls)
+        return self.is_swept or any(call.is_waiting for call in self.calls)
 
     @property
     def takes_callers(self) -> bool:

@@ -264,7 +264,6 @@ class _Pass:
         self._loaded: dict[tuple[str, str, str], Loaded | None] = {}
         self._fates: dict[str, Fate] = {}
         self._driven = self._undriven = 0
-        self._lets_in_until = 0.0
 
     async def run(
         self, *, dry_run: bool, only: Collection[JobKey] | None, stay: bool
@@ -337,11 +336,10 @@ class _Pass:
             else:
                 left[job.key] = job.runtime
         keys = list(left)
-        clock = self._services.clock
-        self._lets_in_until = clock.monotonic() + CROWDED.total_seconds()
+        until = self._services.clock.monotonic() + CROWDED.total_seconds()
         for start in range(0, len(keys), AT_ONCE):
             if stay:
-                await self._let_calls_in()
+                await self._let_calls_in(until)
             records: list[Record] = []
             for record in await self._services.store.records(keys[start : start + AT_ONCE]):
                 is_ours_now = self._is_driven(OpenJob.of(record), living, now)
@@ -352,10 +350,10 @@ class _Pass:
             self._undriven += len(records)
             yield records
 
-    async def _let_calls_in(self) -> None:
+    async def _let_calls_in(self, until: float) -> None:
         """Who calls for jobs by the thousand goes first, for a while: most are those that a process has left."""
         clock = self._services.clock
-        while self._runtime.is_crowded and clock.monotonic() < self._lets_in_until:
+        while self._runtime.is_crowded and clock.monotonic() < until:
             await clock.sleep(0.1)
 
     def _is_driven(self, job: OpenJob, living: Mapping[str, bool], now: datetime) -> bool:

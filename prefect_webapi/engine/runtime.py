@@ -485,10 +485,9 @@ class Runtime:
         """
         met: dict[Call, _Meeting] = {}
         is_over = asyncio.Event()
-        self._parties.add(is_over)
         try:
             try:
-                met = await self._meet(calls)
+                met = await self._meet(calls, is_over)
             except Exception as error:  # noqa: BLE001 - each meets it again by himself, and hears of it
                 logger.debug("%s calls enter one by one: %r", len(calls), error)
             async for call in in_portions(calls, ENTERED_AT_ONCE):
@@ -505,7 +504,7 @@ class Runtime:
         for party in list(self._parties):
             await party.wait()
 
-    async def _meet(self, calls: Sequence[Call]) -> dict[Call, _Meeting]:
+    async def _meet(self, calls: Sequence[Call], is_over: asyncio.Event) -> dict[Call, _Meeting]:
         """The records of those who need nothing but the ledger for it; whoever is not among them asks for himself."""
         channel = await self._channel_for(calls[0].request)
         drafts: dict[Call, Draft] = {}
@@ -516,6 +515,9 @@ class Runtime:
                 with suppress(WebApiError):
                     drafts[call] = await self._draft_for(channel, call.request)
         fault_point("KP-01")
+        self._parties.add(
+            is_over
+        )  # not sooner: a connection that is slow to come holds no other up
         found = await self._services.store.intents(list(drafts.values()))
         return {
             call: _Meeting(channel, draft, drawn)

@@ -51,8 +51,7 @@ class Intent:
     answer: Drawn | LedgerError | None = None
 
     def __post_init__(self) -> None:
-        levels = self.draft.levels
-        self.levels = canonical_json(dict(levels)) if levels else "{}"
+        self.levels = canonical_json(dict(self.draft.levels))
 
 
 @dataclass(slots=True, eq=False)

@@ -61,17 +61,21 @@ class Statements:
             names = ", ".join(f"json_extract(value, '$.{name}') AS {name}" for name in columns)
             return f"(SELECT {names} FROM json_each(:v)) AS v"
 
-        def for_update(table: str) -> str:  # again, SQLite needs none
+        def for_update(table: str) -> str:  # SQLite's transaction has the whole data base locked
             return f" FOR UPDATE OF {table}" if dialect == "postgresql" else ""
 
         job_columns = ", ".join(_JOB)
         kept = ("runtime", "flow_run", "root_run", "task_run", "handle", "cancel_reason")
         kept += ("counted", "failed", "details")
         keep = ", ".join(f"{name} = coalesce(v.{name}, webapi_job.{name})" for name in kept)
+        as_expected = (
+            " WHERE webapi_job.key = v.key AND webapi_job.state = v.was"
+            " AND webapi_job.fence = v.had RETURNING webapi_job.key"
+        )
         claim = {"base": "text", "task_run": "text", "nth": "int"}
 
         self.lock_groups = None
-        if dialect == "postgresql":  # SQLite's transaction has the whole data base locked
+        if dialect == "postgresql":  # as above
             self.lock_groups = text(
                 f"INSERT INTO webapi_group (base, draws) SELECT base, 1 FROM {values(base='text')}"
                 " ORDER BY base ON CONFLICT (base) DO UPDATE SET draws = webapi_group.draws + 1"
@@ -110,18 +114,14 @@ class Statements:
         )
         self.update_jobs = text(
             "UPDATE webapi_job SET state = v.state, fence = v.fence, updated_at = v.updated_at,"
-            f" {keep} FROM {values(**_SHIFT)}"
-            " WHERE webapi_job.key = v.key AND webapi_job.state = v.was"
-            " AND webapi_job.fence = v.had RETURNING webapi_job.key"
+            f" {keep} FROM {values(**_SHIFT)}{as_expected}"
         )
         owners = ("runtime", "flow_run", "root_run", "task_run")
         taken = {"key": "text", "was": "text", "had": "int", "fence": "int"}
         taken |= dict.fromkeys(owners, "text")
         self.take_jobs = text(
             "UPDATE webapi_job SET fence = v.fence,"
-            f" {', '.join(f'{name} = v.{name}' for name in owners)} FROM {values(**taken)}"
-            " WHERE webapi_job.key = v.key AND webapi_job.state = v.was"
-            " AND webapi_job.fence = v.had RETURNING webapi_job.key"
+            f" {', '.join(f'{name} = v.{name}' for name in owners)} FROM {values(**taken)}{as_expected}"
         )
         self.update_quotas = text(
             f"UPDATE webapi_quota SET live = v.live FROM {values(name='text', live='int')}"

@@ -29,7 +29,7 @@ from prefect_webapi.ledger.sql import SqlStore
 from prefect_webapi.testing import EmbeddedJobServer
 from prefect_webapi_jobserver import ReportJob
 from tests.ledger.raw import raw
-from tests.support.engine import GivenRuns, at, engine, request
+from tests.support.engine import GivenConnections, GivenRuns, at, block, engine, request
 from tests.support.ledger import another_store, draft_for, ledger_of
 from tests.support.plugins import ALL
 from tests.support.sweeping import swept
@@ -70,6 +70,18 @@ def _day_of(record: Record) -> int:
     return ReportJob.model_validate_json(record.details.spec or "").day
 
 
+async def changed(folder: Path, record: Record, **columns: Any) -> None:
+    """Past the ledger's own ways."""
+    [(name, value)] = columns.items()
+    sql = f"UPDATE webapi_job SET {name} = :value WHERE key = :key"
+    await raw(ledger_of(folder), sql, value=value, key=record.key)
+
+
+def all_succeed(server: EmbeddedJobServer) -> None:
+    for job in server.jobs():
+        server.end(job.name, "succeeded")
+
+
 async def ends(tickets: Sequence[Ticket]) -> list[Outcome | BaseException]:
     waiting = (ticket.outcome() for ticket in tickets)
     return await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), 20)
@@ -79,13 +91,12 @@ async def test_each_job_that_was_left_has_its_own_fate(
     job_server: EmbeddedJobServer, tmp_path: Path
 ) -> None:
     """Nothing is made, and what is the matter with one of them is nothing to the others."""
-    jobs, ledger = await left(tmp_path, job_server), ledger_of(tmp_path)
-    where = " WHERE key = :key"
-    await raw(ledger, "UPDATE webapi_job SET handle = '{}'" + where, key=jobs[0].key)
-    await raw(ledger, "UPDATE webapi_job SET details = '{'" + where, key=jobs[1].key)
-    await raw(ledger, "UPDATE webapi_job SET cancel_reason = 'enough'" + where, key=jobs[2].key)
-    await raw(ledger, "UPDATE webapi_job SET deadline = 1" + where, key=jobs[3].key)
-    await raw(ledger, "UPDATE webapi_job SET state = 'CREATING'" + where, key=jobs[4].key)
+    jobs = await left(tmp_path, job_server)
+    await changed(tmp_path, jobs[0], handle="{}")
+    await changed(tmp_path, jobs[1], details="{")
+    await changed(tmp_path, jobs[2], cancel_reason="enough")
+    await changed(tmp_path, jobs[3], deadline=1)
+    await changed(tmp_path, jobs[4], state="CREATING")
     odd = Odd(day=JOBS, what=b"\xff")
     with at(tmp_path, job_server, sweeps=False) as host:
         tickets = calls(host, "2", [*SPECS, odd])
@@ -144,8 +155,7 @@ async def test_more_than_a_process_tracks_wait_for_room(
         seen = len(job_server.log())
         await eventually(lambda: len(job_server.log()) > seen + 4, within=10)
         assert _watched(host) == 10
-        for job in job_server.jobs():
-            job_server.end(job.name, "succeeded")
+        all_succeed(job_server)
         outcomes = await ends(tickets)
     assert [each.value.data for each in outcomes if isinstance(each, Outcome)] == list(range(JOBS))
     assert job_server.stats().created == JOBS
@@ -214,8 +224,7 @@ async def test_a_ledger_that_does_not_answer_is_told_to_each(
     with at(tmp_path, job_server, sweeps=False) as host:
         tickets = calls(host, "2")
         await eventually(lambda: job_server.stats().created == JOBS, within=10)
-        for job in job_server.jobs():
-            job_server.end(job.name, "succeeded")
+        all_succeed(job_server)
         outcomes = await ends(tickets)
     assert [each.value.data for each in outcomes if isinstance(each, Outcome)] == list(range(JOBS))
     assert not job_server.stats().duplicates
@@ -232,8 +241,7 @@ async def test_who_can_not_come_in_together_comes_in_alone(
     with at(tmp_path, job_server, store=Broken, sweeps=False) as host:
         tickets = calls(host, "1")
         await eventually(lambda: job_server.stats().created == JOBS, within=10)
-        for job in job_server.jobs():
-            job_server.end(job.name, "succeeded")
+        all_succeed(job_server)
         outcomes = await ends(tickets)
     assert [each.value.data for each in outcomes if isinstance(each, Outcome)] == list(range(JOBS))
 
@@ -259,6 +267,44 @@ async def test_a_pass_leaves_alone_what_was_taken_while_it_looked(
     report = await swept(tmp_path, job_server, cancelled, store=Raced)
     assert (report.looked_at, report.driven, len(report.jobs)) == (JOBS, 2, JOBS - 2)
     assert {job.name for job in job_server.jobs() if job.state == "running"} == Raced.taken
+
+
+class Lost(SqlStore):
+    """The first answer is lost."""
+
+    asked = 0
+
+    async def intent(self, draft: Draft) -> Drawn:
+        drawn = await super().intent(draft)
+        Lost.asked += 1
+        if Lost.asked == 1:
+            raise LedgerUnavailable("no answer")
+        return drawn
+
+
+async def test_a_party_that_is_slow_to_come_holds_no_other_up(
+    job_server: EmbeddedJobServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A record of this process that nobody drives may be a party's, but not of one that has not asked yet."""
+    resolve = GivenConnections.resolve
+
+    async def slowly(self: GivenConnections, ref: Any, *args: Any, **kwargs: Any) -> Any:
+        if ref == "sick":
+            await asyncio.sleep(60)
+        return await resolve(self, ref, *args, **kwargs)
+
+    monkeypatch.setattr(GivenConnections, "resolve", slowly)
+    monkeypatch.setattr(Lost, "asked", 0)
+    blocks = {"default": block(job_server), "sick": block(job_server)}
+    with engine(tmp_path, ALL, blocks, store=Lost, sweeps=False) as host:
+        for spec in SPECS:
+            host.admit(request(spec, task_type="keys", connection="sick"))
+        spec = [ReportJob(seconds=0.1, result="done")]
+        [lost] = await ends(calls(host, "1", spec))
+        assert isinstance(lost, LedgerUnavailable)
+        [outcome] = await ends(calls(host, "1", spec))
+    assert isinstance(outcome, Outcome)
+    assert outcome.value.data == "done"
 
 
 class Slow(SqlStore):
@@ -298,8 +344,7 @@ async def test_an_equal_call_does_not_take_a_job_that_is_about_to_be_driven(
         await asyncio.sleep(0.5)  # it would have taken the job by then
         Slow.answers.set()
         await eventually(lambda: job_server.stats().created == JOBS, within=10)
-        for job in job_server.jobs():
-            job_server.end(job.name, "succeeded")
+        all_succeed(job_server)
         outcomes = await ends([*tickets, alone])
     found = [each.value.data for each in outcomes if isinstance(each, Outcome)]
     assert found == [*range(JOBS), JOBS - 1]
@@ -315,11 +360,10 @@ async def test_a_record_that_no_code_is_ready_for_hurts_its_own_job_only(
     job_server: EmbeddedJobServer, tmp_path: Path
 ) -> None:
     """Whatever it is: the engine goes on, and who asks again is told the same."""
-    jobs, ledger = await left(tmp_path, job_server), ledger_of(tmp_path)
+    jobs = await left(tmp_path, job_server)
     details = json.loads(jobs[5].details.to_json())
     details["created_remotely_at"] = "2024-01-01T00:00:00"  # without a zone
-    sql = "UPDATE webapi_job SET details = :details WHERE key = :key"
-    await raw(ledger, sql, details=json.dumps(details), key=jobs[5].key)
+    await changed(tmp_path, jobs[5], details=json.dumps(details))
     with at(tmp_path, job_server, sweeps=False) as host:
         tickets = calls(host, "2")
         with pytest.raises(TypeError):
@@ -327,8 +371,7 @@ async def test_a_record_that_no_code_is_ready_for_hurts_its_own_job_only(
         [again] = calls(host, "2", [SPECS[5]])
         with pytest.raises(TypeError):
             await asyncio.wait_for(again.outcome(), 10)
-        for job in job_server.jobs():
-            job_server.end(job.name, "succeeded")
+        all_succeed(job_server)
         outcomes = await ends(tickets)
     well = [each.value.data for each in outcomes if isinstance(each, Outcome)]
     assert well == [day for day in range(JOBS) if day != 5]
@@ -337,12 +380,9 @@ async def test_a_record_that_no_code_is_ready_for_hurts_its_own_job_only(
 async def test_a_pass_counts_what_it_can_not_read_as_nothing(
     job_server: EmbeddedJobServer, tmp_path: Path
 ) -> None:
-    jobs, ledger = await left(tmp_path, job_server), ledger_of(tmp_path)
-    where = " WHERE key = :key"
-    await raw(ledger, "UPDATE webapi_job SET details = '{'" + where, key=jobs[0].key)
-    await raw(
-        ledger, "UPDATE webapi_job SET updated_at = 1000000000000000000" + where, key=jobs[1].key
-    )
+    jobs = await left(tmp_path, job_server)
+    await changed(tmp_path, jobs[0], details="{")
+    await changed(tmp_path, jobs[1], updated_at=10**18)
     report = await swept(tmp_path, job_server)
     assert (report.looked_at, report.driven, len(report.jobs)) == (JOBS - 2, 0, JOBS - 2)
 
