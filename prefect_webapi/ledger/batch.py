@@ -155,7 +155,7 @@ def _draw(
         (row.base, row.ordinal): row for row in _fetch(conn, sql.records, places.values())
     }
     made: dict[JobKey, Record] = {}
-    left: dict[Intent, Row[Any]] = {}
+    left: dict[JobKey, tuple[Row[Any], dict[str, Any]]] = {}
     for intent in intents:
         draft, place = intent.draft, (intent.draft.base, ordinals[intent])
         found = newest.get(place)
@@ -175,7 +175,7 @@ def _draw(
             made_it = repeated and _was_made_for(draft, record)
             intent.answer = Drawn(record, made=made_it, taken=taken is not None)
             if taken is not None:
-                left[intent] = found
+                left[record.key] = found, taken
     if made:
         _apply(conn, sql.insert_jobs, map(row_of, made.values()))
     if left:
@@ -215,16 +215,15 @@ def _taken_by(draft: Draft, found: Row[Any]) -> dict[str, Any]:
 
 
 def _take_over(
-    conn: Connection, sql: Statements, left: Mapping[Intent, Row[Any]]
+    conn: Connection, sql: Statements, left: Mapping[JobKey, tuple[Row[Any], dict[str, Any]]]
 ) -> Mapping[JobKey, Row[Any]]:
-    """Make those who ask the owners of jobs that were left behind. Which were lost to others, as they were before."""
-    by_key = sorted(left.items(), key=lambda each: each[1].key)  # all processes lock in one order
+    """Give jobs that were left behind to those who ask. Which were lost to others, as they were before."""
+    in_order = sorted(left.items())  # all processes lock in one order
     wanted = (
-        {**_taken_by(intent.draft, row), "key": row.key, "was": row.state, "had": row.fence}
-        for intent, row in by_key
+        {**taken, "key": key, "was": row.state, "had": row.fence} for key, (row, taken) in in_order
     )
     changed = {row.key for row in _fetch(conn, sql.take_jobs, wanted)}
-    return {row.key: row for row in left.values() if row.key not in changed}
+    return {key: row for key, (row, _) in left.items() if key not in changed}
 
 
 def _was_made_for(draft: Draft, record: Record) -> bool:

@@ -149,6 +149,15 @@ class Steps(Sequence[Step]):
         name, at, reason = self._flat[3 * range(len(self))[index] :][:3]
         return Step(name=name, at=at, reason=reason)
 
+    def as_data(self) -> list[dict[str, Any]]:
+        """As they are stored."""
+        flat = self._flat
+        names, instants, reasons = flat[::3], flat[1::3], flat[2::3]
+        return [
+            {"name": name, "at": at, "reason": reason}
+            for name, at, reason in zip(names, instants, reasons, strict=True)
+        ]
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Steps) and self._flat == other._flat
 
@@ -219,7 +228,7 @@ class Details:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Steps):
-        return list(value)
+        return value.as_data()
     raise PydanticSerializationError(f"Unable to serialize unknown type: {type(value)}")
 
 

@@ -4,22 +4,34 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from typing import Any
 
 from pydantic import ValidationError
-from sqlalchemy import Row
 
 from prefect_webapi.contract.errors import LedgerError, LedgerFormatTooNew
 from prefect_webapi.contract.keys import Base, Fingerprint, JobKey
 from prefect_webapi.contract.phase import Phase
+from prefect_webapi.ledger import schema
 from prefect_webapi.ledger.records import FORMAT, Details, JobState, Record
 
-__all__ = ["RecordReader", "from_micros", "has_failed", "micros", "names_of", "names_text"]
+__all__ = [
+    "COLUMNS",
+    "RecordReader",
+    "from_micros",
+    "has_failed",
+    "micros",
+    "names_of",
+    "names_text",
+]
 __all__ += ["plain_text", "row_of"]
 
 logger = logging.getLogger(__name__)
+
+COLUMNS = tuple(schema.job.columns.keys())
+"""Of a job's row, in the order in which it is read."""
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
@@ -44,6 +56,7 @@ def names_text(names: Iterable[str]) -> str:
     return json.dumps(list(names))
 
 
+@lru_cache(maxsize=1024)
 def names_of(stored: str) -> tuple[str, ...]:
     return tuple(json.loads(stored))
 
@@ -90,14 +103,14 @@ class RecordReader:
         self._address = address
         self._logged: set[str] = set()
 
-    def read(self, row: Row[Any], changes: Mapping[str, Any] | None = None) -> Record:
-        """The record; with `changes`, as it will be once these columns have other values.
+    def read(self, row: Sequence[Any], changes: Mapping[str, Any] | None = None) -> Record:
+        """The record of a row of `COLUMNS`; with `changes`, as it will be once these have other values.
 
         Raises:
             LedgerFormatTooNew: a newer version of the package wrote it.
             LedgerError: it is corrupt.
         """
-        stored = dict(zip(row._fields, row, strict=True))  # pyright: ignore[reportPrivateUsage]  documented
+        stored = dict(zip(COLUMNS, row, strict=True))
         stored.update(changes or {})
         try:
             details = Details.from_json(stored["details"])
@@ -110,7 +123,7 @@ class RecordReader:
                 raise self._too_new(stored["key"], newer) from exc
             raise self._corrupt(stored["key"], exc) from exc
 
-    def read_all(self, rows: Iterable[Row[Any]]) -> list[Record]:
+    def read_all(self, rows: Iterable[Sequence[Any]]) -> list[Record]:
         """The records that can be read; the others are logged and left out."""
         records: list[Record] = []
         for row in rows:

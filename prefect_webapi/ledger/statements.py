@@ -6,11 +6,13 @@ nothing else.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from pydantic_core import to_json
 from sqlalchemy import text
+
+from prefect_webapi.ledger.rows import COLUMNS
 
 __all__ = ["Statements", "json_rows"]
 
@@ -95,7 +97,7 @@ class Statements:
             f" FROM {values(**claim, execution='text', levels='text', ordinal='int')} WHERE true"
         )
         self.records = text(
-            f"SELECT {', '.join(f'j.{name}' for name in _JOB)}"
+            f"SELECT {', '.join(f'j.{name}' for name in COLUMNS)}"
             f" FROM {values(base='text', ordinal='int')} JOIN webapi_job j"
             " ON j.base = v.base AND j.ordinal = v.ordinal ORDER BY j.attempt"
         )
@@ -168,4 +170,4 @@ class Statements:
 
 def json_rows(values: Iterable[Mapping[str, Any]]) -> dict[str, str]:
     """The parameter of a set statement."""
-    return {"v": json.dumps(list(values))}
+    return {"v": to_json(list(values)).decode()}
