@@ -322,15 +322,19 @@ class RemoteClient:
         elif form is not None:
             content = urlencode({name: _plain(value) for name, value in form.items()}).encode()
             kind = "application/x-www-form-urlencoded"
-        own = {"Content-Type": kind} if kind else {}
-        sent = _merged(own, self._headers, _sendable(headers or {}))
+        sent = self._headers
+        if kind or headers:
+            own = {"Content-Type": kind} if kind else {}
+            sent = _merged(own, sent, _sendable(headers or {}))
         asked = {key: _plain(value) for key, value in (params or {}).items() if value is not None}
         try:
             url = httpx.URL(self._base_url + path)
             url = url.copy_merge_params(asked) if asked else url
         except httpx.InvalidURL as error:
             raise classify(error) from None
-        fresh = await self._fresh_headers(Outgoing(method, str(url), sent, content))
+        fresh: Mapping[str, SecretStr] = {}
+        if self._auth is not None:
+            fresh = await self._fresh_headers(self._auth, Outgoing(method, str(url), sent, content))
         mask = self._mask.with_more(
             _secrets_of({**(headers or {}), **_texts(params), **(form or {}), **fresh})
         )
@@ -377,11 +381,11 @@ class RemoteClient:
             return None
         return answer.json()
 
-    async def _fresh_headers(self, request: Outgoing) -> dict[str, SecretStr]:
-        if self._auth is None:
-            return {}
+    async def _fresh_headers(
+        self, auth: HeaderSource, request: Outgoing
+    ) -> Mapping[str, SecretStr]:
         try:
-            given = await self._auth(request)
+            given = await auth(request)
         except ConfigurationError:
             raise
         except Exception as error:  # an author's code; whatever it raises, nothing was sent yet

@@ -141,7 +141,8 @@ class Observer:
         Args:
             since: seconds since the read before, which is when it ended at the earliest.
         """
-        info = await self._calls.status(job.loaded, StatusView(job, job.handle, snapshot))
+        view = StatusView(job, job.handle, snapshot)
+        info = await self._calls.status(job.loaded, view, told=job.last)
         if info.phase.is_terminal:
             fault_point("KP-13")
             if info.cleanup_on_failure and job.record.state is JobState.CREATED:

@@ -32,7 +32,7 @@ __all__ = ["Writer"]
 T = TypeVar("T")
 
 MAX_BATCH = 500
-ANSWERED_AT_ONCE = 100
+ANSWERED_AT_ONCE = 50
 """Answers that are given before others get their turn of the loop: each has its caller go on."""
 REPEATS = 7
 _FIRST_PAUSE_SECONDS = 0.05
