@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping,
 from typing import Any, ClassVar, TypeVar
 
 import anyio
-from sqlalchemy import Executable, Row, Select, select, text
+from sqlalchemy import Executable, Row, Select, literal, select, text, tuple_
 from sqlalchemy.exc import SQLAlchemyError
 
 from prefect_webapi.clock import Clock
@@ -25,7 +25,9 @@ T = TypeVar("T")
 
 _PAUSES = (0.05, 0.2, 0.5)
 _CLOSING_SECONDS = 10.0
-_READ_AT_ONCE, _SEEN_AT_ONCE = 500, 2_000
+_READ_AT_ONCE = 500
+_FETCHED_AT_ONCE = 10_000
+"""Rows of a few columns that one statement brings: they become objects in one go, on the loop."""
 _OPEN_STATES = sorted(state for state in JobState if state is not JobState.CLOSED)
 _OPEN = text("state <> 'CLOSED'")
 """Says that the small index will do."""
@@ -147,19 +149,25 @@ class SqlReader:
         return records
 
     async def open_jobs(self) -> Sequence[OpenJob]:
-        job = schema.job.c
+        job, found = schema.job.c, list[OpenJob]()
         has_handle = job.handle.is_not(None).label("has_handle")
-        columns = job.key, job.runtime, job.state, has_handle, job.updated_at
+        columns = job.key, job.runtime, job.state, has_handle, job.updated_at, job.created_at
+        place = tuple_(job.created_at, job.key)
         query = select(*columns).where(job.state.in_(_OPEN_STATES), _OPEN)
-        rows = await self._fetch(query.order_by(job.created_at, job.key))
-        found: list[OpenJob] = []
-        async for row in in_portions(rows, _SEEN_AT_ONCE):
-            try:
-                updated_at = from_micros(row.updated_at)
-            except (TypeError, OverflowError):
-                updated_at = from_micros(0)  # read whole, the record is refused
-            state, has_handle = JobState(row.state), bool(row.has_handle)
-            found.append(OpenJob(row.key, row.runtime, state, has_handle, updated_at))
+        query = query.order_by(job.created_at, job.key).limit(_FETCHED_AT_ONCE)
+        rows = await self._fetch(query)
+        while rows:
+            async for row in in_portions(rows, _READ_AT_ONCE):
+                try:
+                    updated_at = from_micros(row.updated_at)
+                except (TypeError, OverflowError):
+                    updated_at = from_micros(0)  # read whole, the record is refused
+                state, has = JobState(row.state), bool(row.has_handle)
+                found.append(OpenJob(row.key, row.runtime, state, has, updated_at))
+            if len(rows) < _FETCHED_AT_ONCE:
+                break
+            last = tuple_(literal(rows[-1].created_at), literal(rows[-1].key))
+            rows = await self._fetch(query.where(place > last))
         return found
 
     async def records(self, keys: Collection[JobKey]) -> Sequence[Record]:

@@ -27,6 +27,7 @@ from prefect_webapi.testing import EmbeddedJobServer
 from prefect_webapi_jobserver import ReportJob
 from prefect_webapi_jobserver.models import JobHandle, JobView
 from tests.support.engine import Told, at, request, run
+from tests.support.jobserver import TOKEN
 from tests.support.plugins import SinglePlugin, entry
 from tests.support.waiting import eventually
 
@@ -238,6 +239,20 @@ async def test_an_answer_that_tells_nothing_new_is_told_to_nobody(
         job_server.end(job_server.jobs()[0].name, "succeeded")
         await ticket.outcome()
     assert told.phases == [("QUEUED", ""), ("RUNNING", "as before")]
+
+
+async def test_a_secret_that_a_service_echoes_at_each_read_is_told_at_none(
+    job_server: EmbeddedJobServer, tmp_path: Path
+) -> None:
+    """An answer that says what was told before isn't searched again; one that holds a secret never does."""
+    told = Told()
+    spec = ReportJob(outcome="never", message=f"started with {TOKEN}")
+    with at(tmp_path, job_server, SOON, entries=[ODD], speed=200, **PATIENT) as host:
+        ticket = host.admit(request(spec, task_type="odd", reporter=told))
+        await eventually(lambda: OddPlugin.calls >= 10, within=30)
+        job_server.end(job_server.jobs()[0].name, "succeeded")
+        await ticket.outcome()
+    assert told.phases == [("QUEUED", ""), ("RUNNING", "started with ***")]
 
 
 async def test_phases_are_told_in_their_order(

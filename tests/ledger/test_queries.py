@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from prefect_webapi.contract.keys import JobKey
+from prefect_webapi.ledger import reader
 from prefect_webapi.ledger.records import JobState, Move, MoveResult, OpenJob, Pace, RuntimeRow
 from prefect_webapi.ledger.sql import SqlStore
 from tests.ledger.raw import raw
@@ -197,6 +198,17 @@ async def test_open_jobs_are_seen_without_being_read(store: SqlStore, ledger_url
     keys = [record.key for record in reversed(drawn)]
     assert [record.key for record in await store.records(keys)] == [r.key for r in drawn[:3]]
     assert await store.records([]) == []
+
+
+@pytest.mark.parametrize("jobs", [0, 3, 4, 5])
+async def test_open_jobs_come_by_the_portion_each_once(
+    store: SqlStore, monkeypatch: pytest.MonkeyPatch, jobs: int
+) -> None:
+    """Also those that were made at one instant."""
+    monkeypatch.setattr(reader, "_FETCHED_AT_ONCE", 2)
+    drawn = [(await store.intent(draft_for(f"{n}", at=AT))).record for n in range(jobs)]
+    expected = [OpenJob.of(record) for record in sorted(drawn, key=lambda record: record.key)]
+    assert await store.open_jobs() == expected
 
 
 @pytest.mark.parametrize("time", ["'noon'", "1000000000000000000"])
