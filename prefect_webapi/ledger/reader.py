@@ -153,22 +153,15 @@ class SqlReader:
         has_handle = job.handle.is_not(None).label("has_handle")
         columns = job.key, job.runtime, job.state, has_handle, job.updated_at, job.created_at
         place = tuple_(job.created_at, job.key)
-        query = select(*columns).where(job.state.in_(_OPEN_STATES), _OPEN)
-        query = query.order_by(job.created_at, job.key).limit(_FETCHED_AT_ONCE)
-        rows = await self._fetch(query)
-        while rows:
-            async for row in in_portions(rows, _READ_AT_ONCE):
-                try:
-                    updated_at = from_micros(row.updated_at)
-                except (TypeError, OverflowError):
-                    updated_at = from_micros(0)  # read whole, the record is refused
-                state, has = JobState(row.state), bool(row.has_handle)
-                found.append(OpenJob(row.key, row.runtime, state, has, updated_at))
+        first = select(*columns).where(job.state.in_(_OPEN_STATES), _OPEN)
+        query = first = first.order_by(job.created_at, job.key).limit(_FETCHED_AT_ONCE)
+        while True:
+            rows = await self._fetch(query)
+            found += [_seen(row) async for row in in_portions(rows, _READ_AT_ONCE)]
             if len(rows) < _FETCHED_AT_ONCE:
-                break
+                return found
             last = tuple_(literal(rows[-1].created_at), literal(rows[-1].key))
-            rows = await self._fetch(query.where(place > last))
-        return found
+            query = first.where(place > last)
 
     async def records(self, keys: Collection[JobKey]) -> Sequence[Record]:
         job, wanted, found = schema.job.c, sorted(keys), list[Record]()
@@ -238,3 +231,11 @@ class SqlReader:
 
 def _of_these(keys: Collection[JobKey]) -> Select[Any]:
     return select(schema.job).where(schema.job.c.key.in_(sorted(keys)))
+
+
+def _seen(row: Row[Any]) -> OpenJob:
+    try:
+        updated_at = from_micros(row.updated_at)
+    except (TypeError, OverflowError):
+        updated_at = from_micros(0)  # read whole, the record is refused
+    return OpenJob(row.key, row.runtime, JobState(row.state), bool(row.has_handle), updated_at)

@@ -152,11 +152,8 @@ class Steps(Sequence[Step]):
     def as_data(self) -> list[dict[str, Any]]:
         """As they are stored."""
         flat = self._flat
-        names, instants, reasons = flat[::3], flat[1::3], flat[2::3]
-        return [
-            {"name": name, "at": at, "reason": reason}
-            for name, at, reason in zip(names, instants, reasons, strict=True)
-        ]
+        steps = zip(flat[::3], flat[1::3], flat[2::3], strict=True)
+        return [{"name": name, "at": at, "reason": reason} for name, at, reason in steps]
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Steps) and self._flat == other._flat

@@ -17,16 +17,8 @@ from prefect_webapi.contract.phase import Phase
 from prefect_webapi.ledger import schema
 from prefect_webapi.ledger.records import FORMAT, Details, JobState, Record
 
-__all__ = [
-    "COLUMNS",
-    "RecordReader",
-    "from_micros",
-    "has_failed",
-    "micros",
-    "names_of",
-    "names_text",
-]
-__all__ += ["plain_text", "row_of"]
+__all__ = ["COLUMNS", "RecordReader", "from_micros", "has_failed", "micros", "names_of"]
+__all__ += ["names_text", "plain_text", "row_of"]
 
 logger = logging.getLogger(__name__)
 
