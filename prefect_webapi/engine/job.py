@@ -96,6 +96,7 @@ class Job:
     """One record that this process drives. Changed on the runtime's loop only.
 
     Attributes:
+        is_new: its record was made with it, so that nothing can have been sent before.
         is_swept: the sweeper has it driven, although no call waits for it.
         closes: its record is closed with its end; False: the end waits there for a caller to come back.
         is_guess: its connection was named by a person, so that its service knows no such job proves nothing.
@@ -122,6 +123,7 @@ class Job:
         "is_finishing",
         "is_guess",
         "is_left",
+        "is_new",
         "is_sending",
         "is_swept",
         "last",
@@ -139,7 +141,13 @@ class Job:
     )
 
     def __init__(
-        self, services: Services, record: Record, request: JobRequest, loaded: Loaded
+        self,
+        services: Services,
+        record: Record,
+        request: JobRequest,
+        loaded: Loaded,
+        *,
+        is_new: bool = False,
     ) -> None:
         self._services = services
         self._view: TaskView | None = None
@@ -164,6 +172,7 @@ class Job:
         self.is_deleting = False
         self.is_finishing = False
         self.is_left = False
+        self.is_new = is_new
         self.is_sending = False
         self.is_swept = False
         self.is_guess = False

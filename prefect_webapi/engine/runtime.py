@@ -101,6 +101,11 @@ COMING_IN, TOGETHER = 400, 200
 for long, and has the next ones ready when the ledger has answered."""
 ENTERED_AT_ONCE = 50
 """Calls that are helped on their way before others get their turn of the loop."""
+TO_BE_SENT = 1_000
+"""Jobs of a connection that wait for their places and permits with a task each; so do those of each set of quotas."""
+COMING_TO_END = 500
+"""Jobs of a connection whose ends are written down at one time, as many as the ledger takes in one transaction. More
+would only wait for each other, and the collector has to look at what each of them holds."""
 SYNC_GRACE_SECONDS = 0.5
 
 
@@ -118,7 +123,13 @@ class Runtime:
         self._others = Others(services, me)
         self._jobs: dict[JobKey, Job] = {}
         self._entering: set[Call] = set()
-        self._lobbies: dict[Hashable, Lobby[Call]] = {}
+        self._entrance = Lobby[Call](_line_of, COMING_IN, TOGETHER, self._let_in, self.post)
+        self._to_send = Lobby[Job](
+            _queue_of, TO_BE_SENT, ENTERED_AT_ONCE, self._let_send, self.post
+        )
+        self._to_end = Lobby[_End](
+            _End.line, COMING_TO_END, ENTERED_AT_ONCE, self._let_end, self.post
+        )
         self._parties: set[asyncio.Event] = set()
         self._ended: dict[Call, Ending] = {}
         self._inbox: deque[Callable[[], None]] = deque()
@@ -252,20 +263,7 @@ class Runtime:
             call.fail(too_late())
             return
         self._entering.add(call)
-        place = _lobby_of(call)
-        lobby = self._lobbies.get(place)
-        if lobby is None:
-            lobby = Lobby[Call](COMING_IN, TOGETHER, self._let_in, self.post)
-            self._lobbies[place] = lobby
-        lobby.come(call)
-
-    def _come_in(self, call: Call) -> None:
-        """Its record is there: the next one's turn."""
-        place = _lobby_of(call)
-        lobby = self._lobbies[place]
-        lobby.leave()
-        if lobby.is_empty:
-            del self._lobbies[place]
+        self._entrance.come(call)
 
     @property
     def services(self) -> Services:
@@ -278,7 +276,7 @@ class Runtime:
     @property
     def is_crowded(self) -> bool:
         """Whether calls wait until others have found their records."""
-        return any(lobby.is_crowded for lobby in self._lobbies.values())
+        return self._entrance.is_crowded
 
     def drives(self, key: JobKey) -> bool:
         """Whether this process looks after the job now."""
@@ -318,7 +316,7 @@ class Runtime:
             return None
         job = self._swept(taken, loaded)
         job.orphaned, job.closes, job.is_guess = job.orphaned or orphaned, closes, is_guess
-        self._tasks.start_soon(partial(self._drive, job, channel, made=False))
+        self._tasks.start_soon(self._drive, job, channel)
         return job
 
     def _swept(self, taken: Record, loaded: Loaded) -> Job:
@@ -430,6 +428,8 @@ class Runtime:
             if job.watched is not None:
                 self._let_go(job)
                 self._tasks.start_soon(self._release, job)
+            else:
+                self._send_no_more(job)
 
     def _end_call(self, call: Call, ending: Ending) -> None:
         if not call.is_waiting:
@@ -493,7 +493,7 @@ class Runtime:
             async for call in in_portions(calls, ENTERED_AT_ONCE):
                 meeting = met.get(call)
                 if meeting is not None and self._resumes(call, meeting):
-                    self._come_in(call)
+                    self._entrance.leave(call)
                 else:  # it begins before those that wait for the party
                     self._tasks.start_soon(self._enter, call, meeting)
         finally:
@@ -549,10 +549,9 @@ class Runtime:
             handle = _handle_of(job)
         except Exception:  # noqa: BLE001 - it is told where one job is taken up by itself
             return False
-        self._begin(job, call, made=False)
+        self._begin(job, call)
         if job.is_unwanted or job.is_left or not self._watches(job, handle):
-            advance = partial(self._advance, job, channel, made=False)
-            self._tasks.start_soon(self._guarded, job, advance)
+            self._tasks.start_soon(self._guarded, job, partial(self._advance, job, channel))
             return True
         job.note("ADMITTED", self._services.clock.now())
         job.holds_capacity = channel.capacity.take_now()
@@ -570,7 +569,7 @@ class Runtime:
     async def _enter(self, call: Call, met: _Meeting | None = None) -> None:
         try:
             with ExitStack() as inside:
-                inside.callback(self._come_in, call)
+                inside.callback(self._entrance.leave, call)
                 await self._find_or_make(call, inside.close, met)
         except LedgerError as error:
             self.has_let_go = True  # what it asked for may have been done
@@ -647,10 +646,10 @@ class Runtime:
                 record = taken
             if record.details.orphaned and not drawn.made:  # it ends; then this call gets another
                 ending = self._swept(record, loaded)
-                self._tasks.start_soon(partial(self._drive, ending, channel, made=False))
+                self._tasks.start_soon(self._drive, ending, channel)
                 continue
-            job = Job(services, record, request, loaded)
-            await self._drive(job, channel, made=drawn.made, call=call)
+            job = Job(services, record, request, loaded, is_new=drawn.made)
+            await self._drive(job, channel, call)
             return
 
     def _attach(self, call: Call, job: Job) -> None:
@@ -670,23 +669,65 @@ class Runtime:
 
     # --- driving -----------------------------------------------------------------------------
 
-    async def _drive(
-        self, job: Job, channel: Channel, *, made: bool, call: Call | None = None
-    ) -> None:
-        """From a record to the end, or to the poller."""
-        self._begin(job, call, made=made)
-        await self._guarded(job, partial(self._advance, job, channel, made=made))
+    async def _drive(self, job: Job, channel: Channel, call: Call | None = None) -> None:
+        """From a record to the end, or to the poller, or to the line of those that are still to be sent."""
+        self._begin(job, call)
+        if job.is_swept or job.is_unwanted or job.is_left or not _waits_in_line(job.record):
+            await self._guarded(job, partial(self._advance, job, channel))
+        elif self._to_send.enter_now(job):
+            await self._send(job, channel)
+        else:
+            self._wait_to_be_sent(job)
 
-    def _begin(self, job: Job, call: Call | None, *, made: bool) -> None:
+    def _begin(self, job: Job, call: Call | None) -> None:
         """From now on this process looks after the job."""
         self._jobs[job.record.key] = job
         if call is not None:
             self._attach(call, job)
-        if not made and job.record.cancel_reason and job.record.state is not JobState.CANCELLING:
+        is_new_wish = not job.is_new and job.record.state is not JobState.CANCELLING
+        if is_new_wish and job.record.cancel_reason:
             self.end(job, Ending(job.record.cancel_reason))
         self._set_deadline(job)
         if not job.is_awaited and job.ending is None:
             job.leave()  # detached meanwhile
+
+    def _wait_to_be_sent(self, job: Job) -> None:
+        """So many wait for their places and permits already that this one needs no task for it yet."""
+        self._to_send.come(job)
+        if job.record.quotas:
+            self._services.metrics.add("waiting_jobs", 1, plugin=job.record.plugin)
+            limits = ", ".join(job.record.quotas)
+            told = f"quota {limits}, position {self._to_send.position(job)}"
+            job.note("WAITING_FOR_RESOURCES", self._services.clock.now(), told)
+            info = PhaseInfo.waiting_for_resources(told)
+            job.told(info)
+            job.report(info, waiting_for_quota=True)
+
+    def _waits_no_more(self, job: Job) -> None:
+        if job.record.quotas:
+            self._services.metrics.add("waiting_jobs", -1, plugin=job.record.plugin)
+
+    def _let_send(self, jobs: Sequence[Job]) -> None:
+        if self._is_over:
+            return
+        for job in jobs:
+            self._waits_no_more(job)
+            self._tasks.start_soon(self._send, job, self._channels.of(job.loaded))
+
+    async def _send(self, job: Job, channel: Channel) -> None:
+        """Advance one that has its place among those that wait for permits."""
+        with ExitStack() as waiting:
+            waiting.callback(self._to_send.leave, job)
+            await self._guarded(job, partial(self._advance, job, channel, waiting.close))
+
+    def _send_no_more(self, job: Job) -> bool:
+        """Take the job out of the line, if it waits there: what is left to do for it is not to wait."""
+        if not self._to_send.withdraw(job):
+            return False
+        self._waits_no_more(job)
+        advance = partial(self._advance, job, self._channels.of(job.loaded))
+        self._tasks.start_soon(self._guarded, job, advance)
+        return True
 
     async def _guarded(self, job: Job, step: Callable[[], Any]) -> None:
         """Run a part of a job's way. Who loses the job to another process follows that one."""
@@ -718,21 +759,23 @@ class Runtime:
                 call.fail(error)
             await self._part(job)
 
-    async def _advance(self, job: Job, channel: Channel, *, made: bool) -> None:
-        """Do the next step of the state that the record is in."""
+    async def _advance(
+        self, job: Job, channel: Channel, permitted: Callable[[], None] = lambda: None
+    ) -> None:
+        """Do the next step of the state that the record is in. `permitted()`: it is about to be sent."""
         if channel.capacity.is_full:
             info = PhaseInfo.not_ready(
                 f"this process tracks {channel.capacity.size} jobs of this connection (caching.size); waiting"
             )
             job.report(info)
-        job.note("ADMITTED", job.record.created_at if made else self._services.clock.now())
+        job.note("ADMITTED", job.record.created_at if job.is_new else self._services.clock.now())
 
         async def be_tracked() -> None:
             await channel.capacity.take()
             job.holds_capacity = True
 
         tracked = job.is_swept or await job.unless_ending(be_tracked)  # a pass bounds itself
-        if not tracked and (made or job.is_left):
+        if not tracked and (job.is_new or job.is_left):
             await self._give_up(job)
             return
         match job.record.state:
@@ -752,14 +795,14 @@ class Runtime:
                 return
             case _:
                 pass
-        unsent = made or job.record.state in (
+        unsent = job.is_new or job.record.state in (
             JobState.INTENT,
             JobState.SLOT_REQUESTED,
             JobState.SLOT_HELD,
         )
-        if not made:
+        if not job.is_new:
             self._adopt_lease(job)
-        came_to = await submit(self._services, self._calls, job, unsent=unsent)
+        came_to = await submit(self._services, self._calls, job, unsent=unsent, permitted=permitted)
         match came_to:
             case Alive(snapshot=snapshot):
                 await self._start(job, snapshot)
@@ -840,6 +883,8 @@ class Runtime:
         if job.record.state is JobState.CREATED:
             if job.handle is not None:  # else it is about to be read from the record
                 self.delete(job)
+        elif self._send_no_more(job):
+            pass
         elif job.record.state.job_may_exist and job.scope is None:
             self._tasks.start_soon(self._note_wish, job.record.key, ending.reason)
 
@@ -867,9 +912,24 @@ class Runtime:
         if job.is_finishing:
             return
         job.is_finishing = True
-        self._tasks.start_soon(
-            self._guarded, job, partial(self._finish, job, info, snapshot=snapshot)
-        )
+        end = _End(job, info, snapshot)
+        if self._to_end.enter_now(end):
+            self._let_end([end])
+        else:
+            self._to_end.come(end)
+
+    def _let_end(self, ends: Sequence[_End]) -> None:
+        if self._is_over:
+            return
+        for end in ends:
+            self._tasks.start_soon(self._come_to_end, end)
+
+    async def _come_to_end(self, end: _End) -> None:
+        try:
+            finish = partial(self._finish, end.job, end.info, snapshot=end.snapshot)
+            await self._guarded(end.job, finish)
+        finally:
+            self._to_end.leave(end)
 
     def part(self, job: Job, info: PhaseInfo) -> None:
         """The attempt is over, the job is not: the next attempt takes it up."""
@@ -1110,6 +1170,18 @@ class _Meeting:
     drawn: Drawn | LedgerError
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _End:
+    """A job that was seen over, and what was seen."""
+
+    job: Job
+    info: PhaseInfo
+    snapshot: Any
+
+    def line(self) -> Hashable:
+        return self.job.loaded.entry.id, self.job.loaded.connection.name
+
+
 def too_late() -> EngineClosed:
     """What is told to who comes too late."""
     return EngineClosed("the process is ending: nothing new is started")
@@ -1137,11 +1209,23 @@ def _handle_of(job: Job) -> Any:
         ) from error
 
 
-def _lobby_of(call: Call) -> Hashable:
+def _line_of(call: Call) -> Hashable:
     """Calls of one connection wait in one line: one that is slow to come holds no other up."""
     asked = call.request
     named = asked.connection if isinstance(asked.connection, str) else id(asked.connection)
     return asked.task_type, asked.plugin, named
+
+
+def _queue_of(job: Job) -> Hashable:
+    """Jobs of one connection that wait for the same places, if for any."""
+    return job.loaded.entry.id, job.loaded.connection.name, job.record.quotas
+
+
+def _waits_in_line(record: Record) -> bool:
+    """Whether it is to be sent, and has nothing that others in the line wait for, as a place in a quota."""
+    if record.quotas:
+        return record.state is JobState.SLOT_REQUESTED
+    return record.state in (JobState.INTENT, JobState.CREATING)
 
 
 def _nothing_sent(state: JobState) -> Event:

@@ -6,6 +6,7 @@ The order is always: write down that create is about to be sent, send it, write 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -92,12 +93,15 @@ def outcome_unknown(job: Job, told: str) -> PhaseInfo:
     )
 
 
-async def submit(services: Services, calls: Calls, job: Job, *, unsent: bool) -> Submitted:
+async def submit(
+    services: Services, calls: Calls, job: Job, *, unsent: bool, permitted: Callable[[], None]
+) -> Submitted:
     """Bring a job from its first record to existence.
 
     Args:
         unsent: no create can have been sent for this record yet; False for a record of another process that may
             have died while sending.
+        permitted: called, perhaps several times, when it need not wait for others any more.
 
     Raises:
         LedgerConflict: another process owns the job now.
@@ -107,9 +111,9 @@ async def submit(services: Services, calls: Calls, job: Job, *, unsent: bool) ->
     if waits and not await job.unless_ending(partial(_take_place, services, job)):
         return GivenUp()
     if is_sync(job.loaded):
-        return await _do(services, calls, job, unsent=unsent)
+        return await _do(services, calls, job, permitted, unsent=unsent)
     try:
-        return await _create(services, calls, job, unsent=unsent)
+        return await _create(services, calls, job, permitted, unsent=unsent)
     except _SearchFailed as failed:
         return await _in_doubt(services, job, f"the search for it failed too: {failed}")
 
@@ -161,7 +165,9 @@ async def _take_place(services: Services, job: Job) -> None:
     fault_point("KP-05")
 
 
-async def _create(services: Services, calls: Calls, job: Job, *, unsent: bool) -> Submitted:
+async def _create(
+    services: Services, calls: Calls, job: Job, permitted: Callable[[], None], *, unsent: bool
+) -> Submitted:
     loaded = job.loaded
     settings = loaded.settings
     promise = guarantee(loaded)
@@ -196,6 +202,7 @@ async def _create(services: Services, calls: Calls, job: Job, *, unsent: bool) -
                 return GivenUp()
             # Only the key can tell: the repetition answers with the job, and then it is deleted.
             await calls.permit(loaded, "write")
+        permitted()
         await _count_try(services, job)
         fault_point("KP-06")
         await _be_sure(services, job)
@@ -419,7 +426,9 @@ async def _find(services: Services, calls: Calls, job: Job) -> CreateResult[Any,
         pause *= 2
 
 
-async def _do(services: Services, calls: Calls, job: Job, *, unsent: bool) -> Submitted:
+async def _do(
+    services: Services, calls: Calls, job: Job, permitted: Callable[[], None], *, unsent: bool
+) -> Submitted:
     """A synchronous service: one call that answers with the end."""
     loaded = job.loaded
     settings = loaded.settings
@@ -430,6 +439,7 @@ async def _do(services: Services, calls: Calls, job: Job, *, unsent: bool) -> Su
     while True:
         if not await job.unless_ending(partial(calls.permit, loaded, "write")):
             return GivenUp()
+        permitted()
         await _count_try(services, job)
         fault_point("KP-38")
         await _be_sure(services, job)

@@ -1,20 +1,33 @@
-"""Calls that come by the hundred wait outside, one line for each connection."""
+"""Calls, jobs to be sent and ends that come by the hundred wait outside, where waiting costs no task."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
+from prometheus_client import CollectorRegistry
 
-from prefect_webapi import Phase, PluginEntry
+from prefect_webapi import Phase, PluginEntry, StatusContext
+from prefect_webapi.contract.errors import EngineClosed
+from prefect_webapi.engine import runtime
+from prefect_webapi.engine.host import Host, Ticket
+from prefect_webapi.engine.runtime import Runtime
+from prefect_webapi.ledger.records import JobState
+from prefect_webapi.metrics import Metrics
 from prefect_webapi.testing import EmbeddedJobServer
 from prefect_webapi_jobserver import JobServer, JobServerPlugin, ReportJob
-from tests.support.engine import GivenConnections, block, engine, request, run
-from tests.support.plugins import ALL
+from prefect_webapi_jobserver.models import JobHandle, JobView
+from tests.support.engine import GivenConnections, Told, at, block, engine, request, run
+from tests.support.plugins import ALL, OutputsPlugin, entry
+from tests.support.waiting import eventually
+from tests.support.witness import places_taken, records
 
 CALLS = 500
+PLACES = 5
+DAYS = range(30)
 
 
 class Slow(JobServerPlugin):
@@ -51,3 +64,144 @@ async def test_a_connection_that_is_slow_to_come_holds_no_other_up(
             host.admit(request(ReportJob(day=day), task_type="slow", connection="sick"))
         outcome = await asyncio.wait_for(run(host, ReportJob(seconds=0.1)), 15)
     assert outcome.info.phase is Phase.SUCCESS
+
+
+# --- jobs to be sent and ends ------------------------------------------------------------------
+
+
+@pytest.fixture
+def few_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "TO_BE_SENT", PLACES)
+    monkeypatch.setattr(runtime, "COMING_TO_END", PLACES)
+
+
+def writes(per_second: int) -> dict[str, Any]:
+    return {"writeRateLimiter": {"qps": per_second, "burst": 5}}
+
+
+def admitted(
+    host: Host, days: Sequence[int] = DAYS, told: Told | None = None, **spec: Any
+) -> list[Ticket]:
+    return [
+        host.admit(
+            request(
+                ReportJob(day=day, **spec),
+                task_type="keys",
+                task_run=f"task-{day}",
+                reporter=told or Told(),
+            )
+        )
+        for day in days
+    ]
+
+
+async def tasks(_: Runtime) -> int:
+    return len(asyncio.all_tasks())
+
+
+async def all_are_written_down(folder: Path) -> bool:
+    named = {record.task_run for record in await records(folder)}
+    return named >= {f"task-{day}" for day in DAYS}
+
+
+@pytest.mark.usefixtures("few_places", "each_ledger")
+async def test_who_waits_behind_others_for_a_permit_costs_no_task_and_keeps_his_turn(
+    job_server: EmbeddedJobServer, tmp_path: Path
+) -> None:
+    with at(tmp_path, job_server, writes(5)) as host:
+        await run(host, ReportJob(seconds=0))  # what all jobs share is there
+        alone, seen = host.perform(tasks).result(10), len(job_server.log())
+        tickets = admitted(host, seconds=0)
+        await eventually(lambda: all_are_written_down(tmp_path), within=10)
+        waiting = host.perform(tasks).result(10)
+        assert len(job_server.log("create")) < len(DAYS) - 2 * PLACES  # else nobody waits any more
+        outcomes = await asyncio.wait_for(asyncio.gather(*(t.outcome() for t in tickets)), 30)
+    assert waiting - alone <= 2 * PLACES
+    assert all(outcome.info.phase is Phase.SUCCESS for outcome in outcomes)
+    sent = [create.body["spec"]["day"] for create in job_server.log("create", since=seen)]
+    assert sorted(sent) == list(DAYS)
+    # On their way they may jostle.
+    assert all(abs(place - day) <= PLACES for place, day in enumerate(sent))
+
+
+@pytest.mark.usefixtures("few_places", "each_ledger")
+async def test_who_is_wanted_no_more_does_not_wait_for_his_turn(
+    job_server: EmbeddedJobServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One is cancelled, one let go, and nobody holds up the end of the process; the next one makes all the others."""
+    monkeypatch.setattr(runtime, "CLOSING_SECONDS", 60.0)
+    with at(tmp_path, job_server, writes(1), sweeps=False) as host:
+        tickets = admitted(host, outcome="never")
+        await eventually(lambda: all_are_written_down(tmp_path), within=10)
+        tickets[20].cancel("enough")
+        outcome = await asyncio.wait_for(tickets[20].outcome(), 10)
+        tickets[21].detach()
+        with pytest.raises(EngineClosed):
+            await asyncio.wait_for(tickets[21].outcome(), 10)
+
+        async def is_let_go() -> bool:
+            return sum(record.runtime == "" for record in await records(tmp_path)) == 1
+
+        await eventually(is_let_go, within=10)
+        await asyncio.wait_for(asyncio.to_thread(host.close), 20)
+    assert (outcome.info.phase, outcome.info.reason) == (Phase.ABORTED, "enough")
+    sent = len(job_server.log("create"))
+    assert sent < 20
+    closed = [r for r in await records(tmp_path) if r.state is JobState.CLOSED]
+    assert len(closed) == 1
+    with at(tmp_path, job_server, sweeps=False) as host:
+        admitted(host, [day for day in DAYS if day != 20], outcome="never")
+        await eventually(lambda: job_server.stats().live == len(DAYS) - 1, within=20)
+    assert not job_server.stats().duplicates
+    assert 20 not in {create.body["spec"]["day"] for create in job_server.log("create")}
+
+
+@pytest.mark.usefixtures("few_places", "each_ledger")
+async def test_who_waits_behind_others_for_a_place_is_told_so(
+    job_server: EmbeddedJobServer, tmp_path: Path
+) -> None:
+    told, registry = Told(), CollectorRegistry()
+    config = {"resourceQuotas": {"default": 2}}
+    with at(tmp_path, job_server, config, metrics=Metrics(registry)) as host:
+        tickets = admitted(host, DAYS[:-1], seconds=0.05)
+        tickets += admitted(host, DAYS[-1:], told, seconds=0.05)
+        await eventually(lambda: told.phases, within=10)
+        outcomes = await asyncio.wait_for(asyncio.gather(*(t.outcome() for t in tickets)), 60)
+    assert all(outcome.info.phase is Phase.SUCCESS for outcome in outcomes)
+    phase, reason = told.phases[0]
+    assert phase == "WAITING_FOR_RESOURCES"
+    assert reason.startswith("quota webapi:keys:default:default, position ")
+    assert registry.get_sample_value("prefect_webapi_waiting_jobs", {"plugin": "keys"}) == 0
+    assert (job_server.stats().created, job_server.stats().peak_live) == (len(DAYS), 2)
+    assert await places_taken(tmp_path) == 0
+
+
+class Fetching(OutputsPlugin):
+    """Counts how many results are fetched at one time."""
+
+    now: ClassVar[int] = 0
+    most: ClassVar[int] = 0
+
+    async def outputs(self, ctx: StatusContext[JobHandle, JobView]) -> Any:
+        Fetching.now += 1
+        Fetching.most = max(Fetching.most, Fetching.now)
+        try:
+            await asyncio.sleep(0.05)
+            return await super().outputs(ctx)
+        finally:
+            Fetching.now -= 1
+
+
+@pytest.mark.usefixtures("few_places", "each_ledger")
+async def test_of_jobs_that_end_together_a_few_come_to_their_end_at_one_time(
+    job_server: EmbeddedJobServer, tmp_path: Path
+) -> None:
+    Fetching.now = Fetching.most = 0
+    with at(tmp_path, job_server, entries=[entry(Fetching, "keys")]) as host:
+        tickets = admitted(host, outcome="never")
+        await eventually(lambda: job_server.stats().live == len(DAYS), within=10)
+        for job in job_server.jobs():
+            job_server.end(job.name, "succeeded")
+        outcomes = await asyncio.wait_for(asyncio.gather(*(t.outcome() for t in tickets)), 30)
+    assert all(outcome.info.phase is Phase.SUCCESS for outcome in outcomes)
+    assert Fetching.most == PLACES
