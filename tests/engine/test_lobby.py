@@ -21,6 +21,7 @@ from prefect_webapi.testing import EmbeddedJobServer
 from prefect_webapi_jobserver import JobServer, JobServerPlugin, ReportJob
 from prefect_webapi_jobserver.models import JobHandle, JobView
 from tests.support.engine import GivenConnections, Told, at, block, engine, request, run
+from tests.support.engine_child import Work, child
 from tests.support.plugins import ALL, OutputsPlugin, entry
 from tests.support.waiting import eventually
 from tests.support.witness import places_taken, records
@@ -174,6 +175,31 @@ async def test_who_waits_behind_others_for_a_place_is_told_so(
     assert registry.get_sample_value("prefect_webapi_waiting_jobs", {"plugin": "keys"}) == 0
     assert (job_server.stats().created, job_server.stats().peak_live) == (len(DAYS), 2)
     assert await places_taken(tmp_path) == 0
+
+
+@pytest.mark.usefixtures("few_places", "each_ledger")
+async def test_who_has_a_place_does_not_wait_behind_those_who_want_one(
+    job_server: EmbeddedJobServer, tmp_path: Path
+) -> None:
+    """A process died with its only place taken; the line of those who wait for it is full when its job is asked for."""
+    config = {"resourceQuotas": {"default": 1}}
+    left = ReportJob(day=99, seconds=0)
+    work = Work(
+        folder=tmp_path, server=job_server.url, specs=(left,), config=config, die_at="KP-06"
+    )
+    with child(work) as dead:
+        assert dead.ends() == []
+    assert await places_taken(tmp_path) == 1
+    with at(tmp_path, job_server, config, sweeps=False) as host:
+        tickets = admitted(host, seconds=0)
+        await eventually(lambda: all_are_written_down(tmp_path), within=10)
+        again = request(left, task_type="keys", execution="execution-2", task_run="execution-2/0")
+        tickets.append(host.admit(again))
+        outcomes = await asyncio.wait_for(asyncio.gather(*(t.outcome() for t in tickets)), 60)
+    assert all(outcome.info.phase is Phase.SUCCESS for outcome in outcomes)
+    stats = job_server.stats()
+    assert (stats.created, stats.peak_live) == (1 + len(DAYS), 1)
+    assert not stats.duplicates
 
 
 class Fetching(OutputsPlugin):
