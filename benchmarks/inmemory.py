@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import time
-from typing import Any
+from typing import Any, TypeAlias
 
 from pydantic import BaseModel
 
@@ -29,8 +29,10 @@ from prefect_webapi.ledger.records import Record
 
 __all__ = [
     "ENTRY",
+    "WIDE",
     "Connection",
     "Handle",
+    "Limiter",
     "LoopProbe",
     "Memory",
     "Number",
@@ -40,11 +42,17 @@ __all__ = [
 ]
 
 
-def unlimited(**caching: Any) -> PluginConfig:
-    """Limits that nothing here reaches."""
-    wide = {"qps": 100_000, "burst": 10_000}
+Limiter: TypeAlias = dict[str, int]
+"""As a block has it: `qps` and `burst`."""
+WIDE: Limiter = {"qps": 100_000, "burst": 10_000}
+
+
+def unlimited(writes: Limiter = WIDE, **caching: Any) -> PluginConfig:
+    """Limits that nothing here reaches, unless `writes` are to wait."""
     given = {"size": 500_000, **caching}
-    return PluginConfig.load({"readRateLimiter": wide, "writeRateLimiter": wide, "caching": given})
+    return PluginConfig.load(
+        {"readRateLimiter": WIDE, "writeRateLimiter": writes, "caching": given}
+    )
 
 
 class Connection(BaseModel):

@@ -1,12 +1,14 @@
 """Live jobs of one process, 10^2 to 10^5: memory, CPU, the loop's longest block, late reads, and the restart.
 
 The whole engine without Prefect, over a real ledger file; the service is in memory (no socket), so that nothing but the
-engine is measured. Each size runs in two fresh processes. The first makes the jobs, watches them at one read per
+engine is measured. Each size runs in fresh processes. The first makes the jobs, watches them at one read per
 `GAP`, and goes; the second restores them all from the ledger, watches again, and sees them end together.
 
 - bytes per job: growth of resident memory from before the first call until all are live and one gap more, so that each
   was read, after a collection; the specs were there before. The author's handle is measured as well, in a process of
   its own.
+- bytes per waiting job: the same of jobs that are written down and wait for the limiter to let their create go, before
+  which there is no handle; a process of its own.
 - CPU per job and hour: of a window in which each job is read about once per gap, the process's whole CPU without what
   the same process used for as long before the jobs came (idle: its heartbeat, and its look for cancels asked).
 - longest block: how late a timer on the engine's loop rang, at worst, while jobs were made, watched, restored, ended.
@@ -38,8 +40,10 @@ from pydantic import TypeAdapter
 
 from benchmarks.inmemory import (
     ENTRY,
+    WIDE,
     Connection,
     Handle,
+    Limiter,
     LoopProbe,
     Memory,
     Number,
@@ -74,6 +78,7 @@ GAP_SECONDS, QUICK_GAP_SECONDS = 30, 5
 PROBED_SECONDS = 2.0
 GIVE_UP_SECONDS = 1_800.0
 GC_THRESHOLD: int = WebApiSettings.model_fields["gc_threshold"].default
+SLOW_WRITES: Limiter = {"qps": 5, "burst": 5}
 LOOKS_SECONDS = 0.1
 """So often what is waited for is looked at: that takes the engine's time, too."""
 SNAPSHOTS = 100_000
@@ -82,16 +87,20 @@ FLAT_FROM, FLAT_TO = 1_000, 100_000
 
 def living(jobs: int, gap: int, folder: str) -> Figures:
     """Both lives of a size, each in a process of its own; the second one's figures go on top."""
-    shutil.rmtree(folder, ignore_errors=True)
-    Path(folder).mkdir()
+    aside = f"{folder}-waiting"
+    for each in (folder, aside):
+        shutil.rmtree(each, ignore_errors=True)
+        Path(each).mkdir()
     made, handles = in_child(first_life, jobs, gap, folder), in_child(author_alone, jobs)
     restored = in_child(second_life, jobs, gap, folder)
+    waiting = in_child(waiting_life, jobs, gap, aside)
     longest = {
         name: max(made[name], restored[name])
         for name in ("longest block ms", "its CPU ms", "collector ms")
     }
     beyond = made["bytes per job"] - handles["author's bytes per job"]
-    return {**made, **handles, **restored, **longest, "bytes beyond the author's": beyond}
+    figures = made | handles | restored | waiting
+    return {**figures, **longest, "bytes beyond the author's": beyond}
 
 
 def author_alone(jobs: int) -> Figures:
@@ -146,6 +155,21 @@ def second_life(jobs: int, gap: int, folder: str) -> Figures:
     return figures
 
 
+def waiting_life(jobs: int, gap: int, folder: str) -> Figures:
+    specs = [Number(number=n) for n in range(jobs)]
+    with _life(gap, folder, SLOW_WRITES) as (host, _):
+        _admit(host, [Number(number=-1)])
+        _until(lambda: Memory.reads >= 1)
+        gc.collect()
+        before = psutil.Process().memory_info().rss
+        tickets = _admit(host, specs)
+        _until(lambda: _driven(host) > jobs)
+        gc.collect()
+        grown = psutil.Process().memory_info().rss - before
+        assert tracked(host) < jobs / 2, "most of them wait no more"
+    return {"bytes per waiting job": grown / len(tickets)}
+
+
 def judging(gap: int, folder: str) -> Figures:
     """Snapshots that bring no news, judged one after the other; the author's own time apart."""
 
@@ -170,10 +194,12 @@ def judging(gap: int, folder: str) -> Figures:
 
 
 @contextmanager
-def _life(gap: int, folder: str) -> Generator[tuple[Host, CollectorRegistry]]:
+def _life(
+    gap: int, folder: str, writes: Limiter = WIDE
+) -> Generator[tuple[Host, CollectorRegistry]]:
     interval = f"{gap}s"
     connection = Connection(
-        engine=unlimited(resyncInterval=interval),
+        engine=unlimited(writes, resyncInterval=interval),
         settings=EngineSettings.load({"initialInterval": interval}),
     )
     registry = CollectorRegistry()
@@ -184,6 +210,15 @@ def _life(gap: int, folder: str) -> Generator[tuple[Host, CollectorRegistry]]:
     ):
         host.start()
         yield host, registry
+
+
+def _driven(host: Host) -> int:
+    """How many jobs it looks after, made or not."""
+
+    async def count(runtime: Runtime) -> int:
+        return len(runtime._jobs)
+
+    return host.perform(count).result(60)
 
 
 def _admit(host: Host, specs: Sequence[Number]) -> list[Ticket]:
@@ -264,7 +299,13 @@ def _until(is_so: object) -> None:
 
 
 SHOWN = (
-    ("bytes per job", "author's bytes per job", "bytes beyond the author's", "peak bytes per job"),
+    (
+        "bytes per job",
+        "author's bytes per job",
+        "bytes beyond the author's",
+        "peak bytes per job",
+        "bytes per waiting job",
+    ),
     (
         "idle CPU ms per s",
         "CPU s per job and hour",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 from prefect_webapi.contract.errors import NotFound, RemoteError, Throttled
 from prefect_webapi.engine.calls import Calls
@@ -13,7 +14,7 @@ from prefect_webapi.engine.machine import Event
 from prefect_webapi.engine.services import Services
 from prefect_webapi.ledger.records import JobState
 
-__all__ = ["ask_to_end"]
+__all__ = ["ask_to_end", "note_duty"]
 
 logger = logging.getLogger(__name__)
 
@@ -21,11 +22,8 @@ LOG_SECONDS = 60.0
 """A delete that goes on failing is told of so often."""
 
 
-async def ask_to_end(services: Services, calls: Calls, job: Job, ending: Ending) -> bool:
-    """Write the duty down and send delete until the service has taken it or the job is over.
-
-    That the service took it is not the end: the caller goes on reading the job until it is gone. False: the service
-    knows no such job, so it is over, or not to be seen yet.
+async def note_duty(services: Services, job: Job, ending: Ending) -> None:
+    """Write down that the job is to be deleted, unless the record says so already.
 
     Raises:
         LedgerConflict: another process owns the job now, and with it the duty.
@@ -41,10 +39,24 @@ async def ask_to_end(services: Services, calls: Calls, job: Job, ending: Ending)
             orphaned=job.orphaned is ending,
         )
     job.request.reporter.cancelling(job.shown, ending.reason)
+
+
+async def ask_to_end(
+    services: Services, calls: Calls, job: Job, ending: Ending, permitted: Callable[[], None]
+) -> bool:
+    """Send delete until the service has taken it or the job is over.
+
+    That the service took it is not the end: the caller goes on reading the job until it is gone. False: the service
+    knows no such job, so it is over, or not to be seen yet.
+
+    Args:
+        permitted: called, perhaps several times, when it need not wait for others any more.
+    """
     settings = job.loaded.settings
     tries, silent_until = 0, float("-inf")
     while job.record.state is JobState.CANCELLING and not job.is_left:
         await calls.permit(job.loaded, "write")
+        permitted()
         fault_point("KP-22")
         job.delete_tries += 1
         try:

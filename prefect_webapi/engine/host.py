@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 SWEEP_SECONDS = 30.0
+FIRST_CALLS_SECONDS = 0.2
+"""Who starts the engine has a call for it, perhaps thousands, and they go before the first pass over the ledger."""
 START_SECONDS = 60.0
 STOP_SECONDS = 30.0
 
@@ -209,6 +211,7 @@ async def _sweep_now_and_then(runtime: Runtime) -> None:
     places that the dead may hold.
     """
     services = runtime.services
+    await asyncio.sleep(FIRST_CALLS_SECONDS)
     while True:
         try:
             await sweep(runtime, stay=True)

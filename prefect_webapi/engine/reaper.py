@@ -277,6 +277,8 @@ class _Pass:
 
     async def _run(self, dry_run: bool, only: Collection[JobKey] | None, stay: bool) -> SweepReport:
         store = self._services.store
+        until = self._services.clock.monotonic() + CROWDED.total_seconds() if stay else 0.0
+        await self._let_calls_in(until)
         now = self._services.clock.now()
         if only is None:
             self._runtime.has_let_go = False
@@ -285,7 +287,7 @@ class _Pass:
         me = self._runtime.me
         living = {row.id: is_alive(row, me=me, now=now) for row in rows.values()}
         plans: list[tuple[_Case, _Decision]] = []
-        async for records in self._left_behind(found, living, now, stay):
+        async for records in self._left_behind(found, living, now, until):
             if any(record.runtime == me.id for record in records):
                 self._runtime.has_let_go = True
             for case in await self._cases(records, rows):
@@ -326,7 +328,7 @@ class _Pass:
         return report.model_copy(update={"troubles": tuple(self._troubles)})
 
     async def _left_behind(
-        self, found: Sequence[OpenJob], living: Mapping[str, bool], now: datetime, stay: bool
+        self, found: Sequence[OpenJob], living: Mapping[str, bool], now: datetime, until: float
     ) -> AsyncGenerator[Sequence[Record]]:
         """The records that no living process drives, some at a time; they are counted, and the others."""
         left: dict[JobKey, str] = {}
@@ -336,10 +338,8 @@ class _Pass:
             else:
                 left[job.key] = job.runtime
         keys = list(left)
-        until = self._services.clock.monotonic() + CROWDED.total_seconds()
         for start in range(0, len(keys), AT_ONCE):
-            if stay:
-                await self._let_calls_in(until)
+            await self._let_calls_in(until)
             records: list[Record] = []
             for record in await self._services.store.records(keys[start : start + AT_ONCE]):
                 is_ours_now = self._is_driven(OpenJob.of(record), living, now)

@@ -34,7 +34,7 @@ from prefect_webapi.contract.phase import Phase, PhaseInfo
 from prefect_webapi.engine.adapters import handle_adapter
 from prefect_webapi.engine.call import Call
 from prefect_webapi.engine.calls import Calls, can_clear_up, is_sync
-from prefect_webapi.engine.cancel import ask_to_end
+from prefect_webapi.engine.cancel import ask_to_end, note_duty
 from prefect_webapi.engine.channels import Channel, Channels
 from prefect_webapi.engine.contexts import ReadView, StatusView
 from prefect_webapi.engine.drafts import conflict, draft_for
@@ -102,10 +102,11 @@ for long, and has the next ones ready when the ledger has answered."""
 ENTERED_AT_ONCE = 50
 """Calls that are helped on their way before others get their turn of the loop."""
 TO_BE_SENT = 1_000
-"""Jobs of a connection that wait for their places and permits with a task each; so do those of each set of quotas."""
+"""Jobs of a connection that wait with a task each for a permit, to be made or to be deleted; and of each set of quotas
+that wait for places."""
 COMING_TO_END = 500
-"""Jobs of a connection whose ends are written down at one time, as many as the ledger takes in one transaction. More
-would only wait for each other, and the collector has to look at what each of them holds."""
+"""Jobs of a connection whose ends, or whose duty to be deleted, are written down at one time: as many as the ledger
+takes in one transaction. More would only wait for each other, and the collector looks at what each of them holds."""
 SYNC_GRACE_SECONDS = 0.5
 
 
@@ -127,8 +128,11 @@ class Runtime:
         self._to_send = Lobby[Job](
             _queue_of, TO_BE_SENT, ENTERED_AT_ONCE, self._let_send, self.post
         )
-        self._to_end = Lobby[_End](
-            _End.line, COMING_TO_END, ENTERED_AT_ONCE, self._let_end, self.post
+        self._to_delete = Lobby[Job](
+            _connection_of, TO_BE_SENT, ENTERED_AT_ONCE, self._let_delete, self.post
+        )
+        self._to_end = Lobby[_Step](
+            _Step.line, COMING_TO_END, ENTERED_AT_ONCE, self._let_end, self.post
         )
         self._parties: set[asyncio.Event] = set()
         self._ended: dict[Call, Ending] = {}
@@ -912,24 +916,27 @@ class Runtime:
         if job.is_finishing:
             return
         job.is_finishing = True
-        end = _End(job, info, snapshot)
-        if self._to_end.enter_now(end):
-            self._let_end([end])
-        else:
-            self._to_end.come(end)
+        self._end_soon(job, partial(self._finish, job, info, snapshot=snapshot))
 
-    def _let_end(self, ends: Sequence[_End]) -> None:
+    def _end_soon(self, job: Job, write: Callable[[], Awaitable[None]]) -> None:
+        """Write a job's end down when those before it have written theirs."""
+        step = _Step(job, write)
+        if self._to_end.enter_now(step):
+            self._let_end([step])
+        else:
+            self._to_end.come(step)
+
+    def _let_end(self, steps: Sequence[_Step]) -> None:
         if self._is_over:
             return
-        for end in ends:
-            self._tasks.start_soon(self._come_to_end, end)
+        for step in steps:
+            self._tasks.start_soon(self._write_end, step)
 
-    async def _come_to_end(self, end: _End) -> None:
+    async def _write_end(self, step: _Step) -> None:
         try:
-            finish = partial(self._finish, end.job, end.info, snapshot=end.snapshot)
-            await self._guarded(end.job, finish)
+            await self._guarded(step.job, step.write)
         finally:
-            self._to_end.leave(end)
+            self._to_end.leave(step)
 
     def part(self, job: Job, info: PhaseInfo) -> None:
         """The attempt is over, the job is not: the next attempt takes it up."""
@@ -939,14 +946,34 @@ class Runtime:
 
     def delete(self, job: Job) -> None:
         """The job lives and shall not."""
-        self._tasks.start_soon(self._guarded, job, partial(self._delete, job))
+        self._end_soon(job, partial(self._delete, job))
 
     async def _delete(self, job: Job) -> None:
+        """Write the duty down; the delete follows when the limiter permits."""
         if job.record.state.is_over or job.is_deleting or job.is_finishing:
             return
         job.is_deleting = True
         assert job.ending is not None
-        job.delete_taken = await ask_to_end(self._services, self._calls, job, job.ending)
+        await note_duty(self._services, job, job.ending)
+        if self._to_delete.enter_now(job):
+            self._let_delete([job])
+        else:
+            self._to_delete.come(job)
+
+    def _let_delete(self, jobs: Sequence[Job]) -> None:
+        if self._is_over:
+            return
+        for job in jobs:
+            self._tasks.start_soon(self._guarded, job, partial(self._send_delete, job))
+
+    async def _send_delete(self, job: Job) -> None:
+        with ExitStack() as waiting:
+            waiting.callback(self._to_delete.leave, job)
+            if job.ending is None:  # it was seen over meanwhile
+                return
+            job.delete_taken = await ask_to_end(
+                self._services, self._calls, job, job.ending, waiting.close
+            )
         job.is_deleting = job.delete_taken
         if job.record.state is JobState.CANCELLING and not job.is_finishing:
             self._observer.watch(job, fresh=True)
@@ -1171,15 +1198,14 @@ class _Meeting:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _End:
-    """A job that was seen over, and what was seen."""
+class _Step:
+    """What is to be written down of a job that ends."""
 
     job: Job
-    info: PhaseInfo
-    snapshot: Any
+    write: Callable[[], Awaitable[None]]
 
     def line(self) -> Hashable:
-        return self.job.loaded.entry.id, self.job.loaded.connection.name
+        return _connection_of(self.job)
 
 
 def too_late() -> EngineClosed:
@@ -1216,9 +1242,13 @@ def _line_of(call: Call) -> Hashable:
     return asked.task_type, asked.plugin, named
 
 
+def _connection_of(job: Job) -> Hashable:
+    return job.loaded.entry.id, job.loaded.connection.name
+
+
 def _queue_of(job: Job) -> Hashable:
     """Jobs of one connection that wait for the same places, if for any."""
-    return job.loaded.entry.id, job.loaded.connection.name, job.record.quotas
+    return _connection_of(job), job.record.quotas
 
 
 def _waits_in_line(record: Record) -> bool:

@@ -1,4 +1,4 @@
-"""Calls, jobs to be sent and ends that come by the hundred wait outside, where waiting costs no task."""
+"""Calls, jobs to be made or deleted and ends that come by the hundred wait outside, where waiting costs no task."""
 
 from __future__ import annotations
 
@@ -98,6 +98,10 @@ def admitted(
 
 async def tasks(_: Runtime) -> int:
     return len(asyncio.all_tasks())
+
+
+async def watched(runtime: Runtime) -> int:
+    return sum(runtime.has_seen(record.key) for record in await runtime.services.store.select())
 
 
 async def all_are_written_down(folder: Path) -> bool:
@@ -200,6 +204,37 @@ async def test_who_has_a_place_does_not_wait_behind_those_who_want_one(
     stats = job_server.stats()
     assert (stats.created, stats.peak_live) == (1 + len(DAYS), 1)
     assert not stats.duplicates
+
+
+@pytest.mark.usefixtures("few_places", "each_ledger")
+async def test_the_duty_to_delete_is_written_down_for_all_before_its_turn_comes(
+    job_server: EmbeddedJobServer, tmp_path: Path
+) -> None:
+    """Jobs that were cancelled together wait for the limiter, not for the ledger, and cost no task meanwhile."""
+    with at(tmp_path, job_server) as host:  # faster than the limiter of the next process
+        admitted(host, outcome="never")
+        await eventually(lambda: job_server.stats().live == len(DAYS), within=10)
+    with at(tmp_path, job_server, writes(5), sweeps=False) as host:
+        tickets = admitted(host, outcome="never")
+        await eventually(lambda: host.perform(watched).result(10) == len(DAYS), within=10)
+        alone = host.perform(tasks).result(10)
+        for ticket in tickets:
+            ticket.cancel("enough")
+
+        async def all_are_to_be_deleted() -> bool:
+            return {r.state for r in await records(tmp_path)} <= {
+                JobState.CANCELLING,
+                JobState.CLOSED,
+            }
+
+        await eventually(all_are_to_be_deleted, within=10)
+        waiting = host.perform(tasks).result(10)
+        assert len(job_server.log("delete")) < len(DAYS) - 2 * PLACES
+        outcomes = await asyncio.wait_for(asyncio.gather(*(t.outcome() for t in tickets)), 30)
+        await eventually(lambda: job_server.stats().live == 0, within=30)
+    assert waiting - alone <= 3 * PLACES
+    assert {outcome.info.phase for outcome in outcomes} == {Phase.ABORTED}
+    assert len(job_server.log("delete")) == job_server.stats().created == len(DAYS)
 
 
 class Fetching(OutputsPlugin):
