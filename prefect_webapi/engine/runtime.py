@@ -950,10 +950,9 @@ class Runtime:
 
     async def _delete(self, job: Job) -> None:
         """Write the duty down; the delete follows when the limiter permits."""
-        if job.record.state.is_over or job.is_deleting or job.is_finishing:
+        if job.record.state.is_over or job.is_deleting or job.is_finishing or job.ending is None:
             return
         job.is_deleting = True
-        assert job.ending is not None
         await note_duty(self._services, job, job.ending)
         if self._to_delete.enter_now(job):
             self._let_delete([job])
@@ -969,8 +968,8 @@ class Runtime:
     async def _send_delete(self, job: Job) -> None:
         with ExitStack() as waiting:
             waiting.callback(self._to_delete.leave, job)
-            if job.ending is None:  # it was seen over meanwhile
-                return
+            if job.ending is None or self._jobs.get(job.key) is not job:
+                return  # it was seen over meanwhile, or is another process' now
             job.delete_taken = await ask_to_end(
                 self._services, self._calls, job, job.ending, waiting.close
             )

@@ -2,11 +2,13 @@
 
 Whatever runs on the loop must not wait: one blocking call in a coroutine stops every job of the process. The loop notes
 some four times a second that it turns, a thread looks whether it has; only when it has not, the loop's stack is read.
+Pauses for Python's collector do not count.
 """
 
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import sys
 import threading
@@ -44,11 +46,20 @@ def watching(metrics: Metrics, *, limit: float = BLOCKED_SECONDS) -> Generator[N
     """Watch over the running loop, which is this thread's, until the block ends. `limit` in seconds."""
     loop, thread, over = asyncio.get_running_loop(), threading.get_ident(), threading.Event()
     pause = limit / 4
-    turned = time.monotonic()
+    turned = collecting_since = time.monotonic()
+    collected = collected_before = 0.0  # seconds, of the collector's pauses; before the last turn
+
+    def collecting(phase: str, _: dict[str, int]) -> None:
+        """It holds up everybody, and is nobody's fault."""
+        nonlocal collected, collecting_since
+        if phase == "start":
+            collecting_since = time.monotonic()
+        else:
+            collected += time.monotonic() - collecting_since
 
     def turn() -> None:
-        nonlocal turned, timer
-        turned = time.monotonic()
+        nonlocal turned, collected_before, timer
+        turned, collected_before = time.monotonic(), collected
         timer = loop.call_later(pause, turn)
 
     def watch() -> None:
@@ -60,7 +71,8 @@ def watching(metrics: Metrics, *, limit: float = BLOCKED_SECONDS) -> Generator[N
             now, seen = time.monotonic(), turned
             if now - slept > pause + limit / 2:
                 continue  # the whole process stood still
-            if now - seen <= limit or seen == told:
+            stood = now - seen - (collected - collected_before)
+            if stood <= limit or seen == told:
                 continue
             told = seen
             blocks += 1
@@ -79,9 +91,11 @@ def watching(metrics: Metrics, *, limit: float = BLOCKED_SECONDS) -> Generator[N
     timer: asyncio.Handle = loop.call_soon(turn)
     watcher = threading.Thread(target=watch, name="prefect-webapi watchdog", daemon=True)
     watcher.start()
+    gc.callbacks.append(collecting)
     try:
         yield
     finally:
+        gc.callbacks.remove(collecting)
         over.set()
         timer.cancel()
         watcher.join()

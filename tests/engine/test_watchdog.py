@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import time
 from pathlib import Path
@@ -80,3 +81,13 @@ async def test_a_loop_that_turns_is_left_alone_and_others_are_told_too(
     assert metrics.value("blocked_total", plugin="", op="") == 2
     [line] = [r.getMessage() for r in caplog.records if r.name == LOGGER]
     assert "something blocks it in line" in line
+
+
+async def test_the_time_of_the_collector_is_nobodys_fault() -> None:
+    metrics = Metrics(CollectorRegistry())
+    with watching(metrics, limit=0.2):
+        end = time.monotonic() + 1.5
+        while time.monotonic() < end:
+            gc.collect()
+        await asyncio.sleep(0.3)
+    assert metrics.value("blocked_total", plugin="", op="") == 0
