@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import anyio
 import anyio.abc
@@ -105,8 +105,8 @@ TO_BE_SENT = 1_000
 """Jobs of a connection that wait with a task each for a permit, to be made or to be deleted; and of each set of quotas
 that wait for places."""
 COMING_TO_END = 500
-"""Jobs of a connection whose ends, or whose duty to be deleted, are written down at one time: as many as the ledger
-takes in one transaction. More would only wait for each other, and the collector looks at what each of them holds."""
+"""Jobs of a connection whose results are fetched and written down at one time, and so many each of other ends and of
+duties to delete: as many as the ledger takes in one transaction. The collector looks at what each of them holds."""
 SYNC_GRACE_SECONDS = 0.5
 
 
@@ -236,9 +236,12 @@ class Runtime:
     async def _close(self) -> None:
         """What must not stop half-way gets a moment; everything else stays as the ledger has it."""
         self._fail_calls([job for job in self._jobs.values() if job.ending is None])
-        for job in self._jobs.values():
+        for job in list(self._jobs.values()):
             if job.ending is None:
                 job.leave()
+            if self._to_send.withdraw(job):
+                self._waits_no_more(job)
+                self._let_go(job)
         with anyio.move_on_after(CLOSING_SECONDS):
             while self._settling or any(  # noqa: ASYNC110 - bounded by the scope, only at the very end
                 job.is_creating or (job.ending and not job.delete_taken)
@@ -557,7 +560,6 @@ class Runtime:
         if job.is_unwanted or job.is_left or not self._watches(job, handle):
             self._tasks.start_soon(self._guarded, job, partial(self._advance, job, channel))
             return True
-        job.note("ADMITTED", self._services.clock.now())
         job.holds_capacity = channel.capacity.take_now()
         return True
 
@@ -686,6 +688,7 @@ class Runtime:
     def _begin(self, job: Job, call: Call | None) -> None:
         """From now on this process looks after the job."""
         self._jobs[job.record.key] = job
+        job.note("ADMITTED", job.record.created_at if job.is_new else self._services.clock.now())
         if call is not None:
             self._attach(call, job)
         is_new_wish = not job.is_new and job.record.state is not JobState.CANCELLING
@@ -772,7 +775,6 @@ class Runtime:
                 f"this process tracks {channel.capacity.size} jobs of this connection (caching.size); waiting"
             )
             job.report(info)
-        job.note("ADMITTED", job.record.created_at if job.is_new else self._services.clock.now())
 
         async def be_tracked() -> None:
             await channel.capacity.take()
@@ -790,7 +792,7 @@ class Runtime:
                 if job.record.state is JobState.CANCELLING:
                     job.ending = job.orphaned or Ending(job.record.cancel_reason or "cancelled")
                 if job.ending is not None:
-                    await self._delete(job)
+                    self.delete(job)
                 return
             case JobState.SUSPECT if not can_clear_up(job.loaded):
                 info = job.record.details.phase or outcome_unknown(job, "an earlier run sent it")
@@ -841,7 +843,7 @@ class Runtime:
             return
         if job.ending is not None:
             self._observer.watch(job, fresh=True)  # it may end by itself while its delete fails
-            await self._delete(job)
+            self.delete(job)
         elif job.is_left:
             await self._part(job)
         else:
@@ -877,7 +879,7 @@ class Runtime:
 
     def end(self, job: Job, ending: Ending) -> None:
         """Somebody wants the job gone. What has to be done for it depends on where it stands."""
-        if job.record.state.is_over:
+        if job.record.state.is_over or self._is_over:
             return
         is_news = job.end(ending)
         if is_news or job.grace is None:  # it may have been ending already when this process met it
@@ -916,11 +918,13 @@ class Runtime:
         if job.is_finishing:
             return
         job.is_finishing = True
-        self._end_soon(job, partial(self._finish, job, info, snapshot=snapshot))
+        kind = "result" if info.phase is Phase.SUCCESS else "end"
+        was_ending = job.ending is not None  # not what comes while it waits
+        finish = partial(self._finish, job, info, snapshot=snapshot, was_ending=was_ending)
+        self._write_soon(_Step(job, kind, finish))
 
-    def _end_soon(self, job: Job, write: Callable[[], Awaitable[None]]) -> None:
-        """Write a job's end down when those before it have written theirs."""
-        step = _Step(job, write)
+    def _write_soon(self, step: _Step) -> None:
+        """Write it down when those before it have written theirs."""
         if self._to_end.enter_now(step):
             self._let_end([step])
         else:
@@ -945,14 +949,14 @@ class Runtime:
         self.has_let_go = True
 
     def delete(self, job: Job) -> None:
-        """The job lives and shall not."""
-        self._end_soon(job, partial(self._delete, job))
+        """The job lives and shall not: the duty is written down, the delete follows when the limiter permits."""
+        if not (job.record.state.is_over or job.is_deleting or job.is_finishing):
+            job.is_deleting = True
+            self._write_soon(_Step(job, "duty", partial(self._note_duty, job)))
 
-    async def _delete(self, job: Job) -> None:
-        """Write the duty down; the delete follows when the limiter permits."""
-        if job.record.state.is_over or job.is_deleting or job.is_finishing or job.ending is None:
+    async def _note_duty(self, job: Job) -> None:
+        if job.record.state.is_over or job.is_finishing or job.ending is None:
             return
-        job.is_deleting = True
         await note_duty(self._services, job, job.ending)
         if self._to_delete.enter_now(job):
             self._let_delete([job])
@@ -968,13 +972,14 @@ class Runtime:
     async def _send_delete(self, job: Job) -> None:
         with ExitStack() as waiting:
             waiting.callback(self._to_delete.leave, job)
-            if job.ending is None or self._jobs.get(job.key) is not job:
-                return  # it was seen over meanwhile, or is another process' now
+            if job.ending is None or job.is_finishing:  # it was seen over meanwhile
+                return
             job.delete_taken = await ask_to_end(
                 self._services, self._calls, job, job.ending, waiting.close
             )
         job.is_deleting = job.delete_taken
-        if job.record.state is JobState.CANCELLING and not job.is_finishing:
+        is_ours = self._jobs.get(job.key) is job
+        if is_ours and job.record.state is JobState.CANCELLING and not job.is_finishing:
             self._observer.watch(job, fresh=True)
 
     def _grace_over(self, job: Job) -> None:
@@ -1007,12 +1012,19 @@ class Runtime:
         *,
         event: Event = Event.ENDED,
         snapshot: Any = None,
+        was_ending: bool | None = None,
     ) -> None:
-        """The job is over: keep its result, write it down, give everything back, deliver."""
+        """The job is over: keep its result, write it down, give everything back, deliver.
+
+        Args:
+            was_ending: whether somebody had wanted its end when it was seen over; None: that was just now.
+        """
         if job.record.state.is_over:
             return
         services = self._services
-        was_ending, well = job.ending is not None, info.phase is Phase.SUCCESS
+        if was_ending is None:
+            was_ending = job.ending is not None
+        well = info.phase is Phase.SUCCESS
         collected, request = Collected(info), job.request
         if info.phase is Phase.SUCCESS:
             fault_point("KP-14")
@@ -1198,13 +1210,14 @@ class _Meeting:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Step:
-    """What is to be written down of a job that ends."""
+    """What is to be written down of a job that ends. A result may be long to come: what is of another kind passes."""
 
     job: Job
+    kind: Literal["result", "end", "duty"]
     write: Callable[[], Awaitable[None]]
 
     def line(self) -> Hashable:
-        return _connection_of(self.job)
+        return _connection_of(self.job), self.kind
 
 
 def too_late() -> EngineClosed:

@@ -182,6 +182,7 @@ async def _create(
                 "create of job %s is sent again: a duplicate is accepted", job.record.key
             )
         elif searches and (promise != "key" or job.is_unwanted):
+            permitted()  # a search may last
             found = await _find(services, calls, job)
             if found is not None:
                 return await _adopt(services, calls, job, found)

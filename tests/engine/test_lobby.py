@@ -176,7 +176,7 @@ async def test_who_waits_behind_others_for_a_place_is_told_so(
     phase, reason = told.phases[0]
     assert phase == "WAITING_FOR_RESOURCES"
     assert reason.startswith("quota webapi:keys:default:default, position ")
-    assert registry.get_sample_value("prefect_webapi_waiting_jobs", {"plugin": "keys"}) == 0
+    assert waiting_jobs(registry) == 0
     assert (job_server.stats().created, job_server.stats().peak_live) == (len(DAYS), 2)
     assert await places_taken(tmp_path) == 0
 
@@ -237,9 +237,28 @@ async def test_the_duty_to_delete_is_written_down_for_all_before_its_turn_comes(
     assert len(job_server.log("delete")) == job_server.stats().created == len(DAYS)
 
 
-class Fetching(OutputsPlugin):
-    """Counts how many results are fetched at one time."""
+@pytest.mark.usefixtures("few_places", "each_ledger")
+async def test_nobody_is_said_to_wait_when_the_process_has_ended(
+    job_server: EmbeddedJobServer, tmp_path: Path
+) -> None:
+    registry = CollectorRegistry()
+    config = {"resourceQuotas": {"default": 1}}
+    with at(tmp_path, job_server, config, metrics=Metrics(registry), sweeps=False) as host:
+        admitted(host, outcome="never")
+        await eventually(lambda: all_are_written_down(tmp_path), within=10)
+        await eventually(lambda: job_server.stats().live == 1, within=10)
+        assert waiting_jobs(registry) == len(DAYS) - 1
+    assert waiting_jobs(registry) == 0
 
+
+def waiting_jobs(registry: CollectorRegistry) -> float | None:
+    return registry.get_sample_value("prefect_webapi_waiting_jobs", {"plugin": "keys"})
+
+
+class Fetching(OutputsPlugin):
+    """Counts how many results are fetched at one time, and fetches none before it may."""
+
+    may: ClassVar[bool] = False
     now: ClassVar[int] = 0
     most: ClassVar[int] = 0
 
@@ -247,22 +266,43 @@ class Fetching(OutputsPlugin):
         Fetching.now += 1
         Fetching.most = max(Fetching.most, Fetching.now)
         try:
-            await asyncio.sleep(0.05)
+            await eventually(lambda: Fetching.may, within=60)
             return await super().outputs(ctx)
         finally:
             Fetching.now -= 1
 
 
+async def ending(runtime: Runtime) -> int:
+    return sum(job.is_finishing for job in runtime._jobs.values())  # pyright: ignore[reportPrivateUsage] # no public way
+
+
 @pytest.mark.usefixtures("few_places", "each_ledger")
-async def test_of_jobs_that_end_together_a_few_come_to_their_end_at_one_time(
+async def test_results_that_are_long_to_come_wait_for_each_other_and_hold_nothing_else_up(
     job_server: EmbeddedJobServer, tmp_path: Path
 ) -> None:
-    Fetching.now = Fetching.most = 0
+    """Who is cancelled meanwhile keeps his result if he was over before, and is deleted if he lives."""
+    Fetching.may, Fetching.now, Fetching.most = False, 0, 0
+    *over, failing, living = DAYS
     with at(tmp_path, job_server, entries=[entry(Fetching, "keys")]) as host:
         tickets = admitted(host, outcome="never")
         await eventually(lambda: job_server.stats().live == len(DAYS), within=10)
-        for job in job_server.jobs():
-            job_server.end(job.name, "succeeded")
-        outcomes = await asyncio.wait_for(asyncio.gather(*(t.outcome() for t in tickets)), 30)
-    assert all(outcome.info.phase is Phase.SUCCESS for outcome in outcomes)
+        names = {record.task_run: record.key for record in await records(tmp_path)}
+        for day in over:
+            job_server.end(names[f"task-{day}"], "succeeded")
+        await eventually(lambda: host.perform(ending).result(10) == len(over), within=10)
+        assert Fetching.now == PLACES
+        job_server.end(names[f"task-{failing}"], "failed")
+        failed = await asyncio.wait_for(tickets[failing].outcome(), 10)
+        for ticket in tickets:
+            ticket.cancel("late")
+        cancelled = await asyncio.wait_for(tickets[living].outcome(), 10)
+        await eventually(lambda: job_server.stats().live == 0, within=10)
+        Fetching.may = True
+        outcomes = await asyncio.wait_for(
+            asyncio.gather(*(tickets[day].outcome() for day in over)), 30
+        )
+    assert failed.info.phase is not Phase.SUCCESS
+    assert cancelled.info.phase is Phase.ABORTED
+    assert {outcome.info.phase for outcome in outcomes} == {Phase.SUCCESS}
     assert Fetching.most == PLACES
+    assert len(job_server.log("delete")) == 1
