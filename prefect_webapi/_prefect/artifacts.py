@@ -33,7 +33,7 @@ CARDS = 20
 FIRST_SECONDS = 1.0
 """Age of a job at its first card: a short one has written its end by then, and one call is enough."""
 CHANGE_SECONDS = 10.0
-"""Least time between two writes of an artifact; a new link and the end come at once."""
+"""Least time between two writes of an artifact; the end comes at once, and a new link unless the jobs are many."""
 WRITES_PER_SECOND = 2.0
 BURST = 20
 WRITE_SECONDS = 10.0
@@ -60,8 +60,13 @@ class Artifact(ABC):
         if self.is_urgent:
             return 0.0
         if self._written is None:
-            return self._born + FIRST_SECONDS - time.monotonic()
+            return self._born + self.first_seconds - time.monotonic()
         return self._written + CHANGE_SECONDS - time.monotonic()
+
+    @property
+    def first_seconds(self) -> float:
+        """Its age when it is written first."""
+        return FIRST_SECONDS
 
     async def write(self, client: PrefectClient) -> None:
         self.is_urgent = False
@@ -77,12 +82,19 @@ class Artifact(ABC):
 
 
 class Card(Artifact):
-    """A job's own artifact."""
+    """A job's own artifact. Of many jobs it has time: their progress is shown first, while they start."""
 
-    def __init__(self, story: Story, *, flow_run: UUID | None, task_run: UUID) -> None:
+    def __init__(
+        self, story: Story, progress: Progress, *, flow_run: UUID | None, task_run: UUID
+    ) -> None:
         super().__init__()
         self._story = story
+        self._progress = progress
         self._flow_run, self._task_run = flow_run, task_run
+
+    @property
+    def first_seconds(self) -> float:
+        return CHANGE_SECONDS if self._progress.is_many else FIRST_SECONDS
 
     def content(self) -> ArtifactCreate:
         key, about, text = card(self._story)

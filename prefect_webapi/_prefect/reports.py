@@ -365,13 +365,14 @@ class TaskRunReporter:
                 or (failed and self._progress.wants_card(failed=True))
             ):
                 run = self._task_run
-                self._card = Card(story, flow_run=run.flow_run_id, task_run=run.id)
+                self._card = Card(story, self._progress, flow_run=run.flow_run_id, task_run=run.id)
             card = self._card
         if shown is not None:
             self._progress.note(key, shown.name)
         artifacts, is_over = self._display.artifacts, shown is None
         if card is not None and (is_news or has_links):
-            artifacts.offer(card, urgent=is_over or (has_links and not is_first))
+            is_link_urgent = has_links and not is_first and not self._progress.is_many
+            artifacts.offer(card, urgent=is_over or is_link_urgent)
         if self._progress.is_many:
             artifacts.offer(self._progress)
         return story
@@ -445,7 +446,7 @@ class ManyReporter(TaskRunReporter):
         story = Story(outcome.job_key, self._task, info=info)
         story.note(info.phase.name, info.info.occurred_at or datetime.now(UTC), info.reason)
         run = self._task_run
-        card = Card(story, flow_run=run.flow_run_id, task_run=run.id)
+        card = Card(story, self._progress, flow_run=run.flow_run_id, task_run=run.id)
         self._display.artifacts.offer(card, urgent=True)
         if self._display.spare():
             self._emit(end_of(info, stopped_by_us=outcome.stopped_by_us), story, info.reason)

@@ -139,7 +139,8 @@ def api(monkeypatch: pytest.MonkeyPatch) -> Api:
 
 
 def cards(count: int) -> list[Card]:
-    return [Card(story(), flow_run=None, task_run=uuid4()) for _ in range(count)]
+    run = Artifacts().progress(flow_run=None, task_run=uuid4())
+    return [Card(story(), run, flow_run=None, task_run=uuid4()) for _ in range(count)]
 
 
 async def test_a_burst_is_written_and_then_a_few_a_second(api: Api) -> None:
@@ -172,6 +173,14 @@ async def test_a_card_is_written_once_and_its_news_wait_unless_they_are_urgent(a
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
     assert api.calls == ["POST", "PATCH", "PATCH"]  # a process that ends leaves no news behind
+
+
+def test_the_first_cards_of_many_jobs_let_them_start() -> None:
+    run = Artifacts().progress(flow_run=None, task_run=uuid4())
+    card = Card(story(), run, flow_run=None, task_run=uuid4())
+    assert 0 < card.due_in() <= 1
+    run.expect(CARDS + 1)
+    assert 9 < card.due_in() <= 10
 
 
 async def test_an_api_that_is_away_ends_nothing(api: Api) -> None:
