@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import pytest
 from prometheus_client import CollectorRegistry
 
-from prefect_webapi import Phase, PluginEntry, StatusContext
+from prefect_webapi import Phase, PluginEntry, StatusContext, TaskExecutionContextReader
 from prefect_webapi.contract.errors import EngineClosed
 from prefect_webapi.engine import runtime
 from prefect_webapi.engine.host import Host, Ticket
@@ -253,6 +253,30 @@ async def test_nobody_is_said_to_wait_when_the_process_has_ended(
 
 def waiting_jobs(registry: CollectorRegistry) -> float | None:
     return registry.get_sample_value("prefect_webapi_waiting_jobs", {"plugin": "keys"})
+
+
+class Creating(JobServerPlugin):
+    """Counts the creates that are under way, and answers none before all are."""
+
+    now: ClassVar[int] = 0
+
+    async def create(self, ctx: TaskExecutionContextReader) -> Any:
+        Creating.now += 1
+        await eventually(lambda: Creating.now == len(DAYS), within=20)
+        return await super().create(ctx)
+
+
+@pytest.mark.usefixtures("few_places", "each_ledger")
+async def test_who_has_his_permit_makes_room_for_the_next(
+    job_server: EmbeddedJobServer, tmp_path: Path
+) -> None:
+    """A service that is slow to answer is asked for as many at one time as the limiter permits."""
+    Creating.now = 0
+    with at(tmp_path, job_server, entries=[entry(Creating, "keys")]) as host:
+        tickets = admitted(host, seconds=0)
+        outcomes = await asyncio.wait_for(asyncio.gather(*(t.outcome() for t in tickets)), 30)
+    assert {outcome.info.phase for outcome in outcomes} == {Phase.SUCCESS}
+    assert job_server.stats().created == len(DAYS)
 
 
 class Fetching(OutputsPlugin):
