@@ -83,7 +83,7 @@ class Capacity:
             self._queue.popleft().set()
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Channel:
     """One plugin's connection.
 

@@ -258,6 +258,13 @@ class Job:
         """Tell people how it stands."""
         self.request.reporter.phase(self.shown, info, waiting_for_quota=waiting_for_quota)
 
+    def report_no_place(self, since: datetime, told: str) -> None:
+        """Tell people that it waits for a place in its quotas."""
+        self.note("WAITING_FOR_RESOURCES", since, told)
+        info = PhaseInfo.waiting_for_resources(told)
+        self.told(info)
+        self.report(info, waiting_for_quota=True)
+
     def serve(self, call: Call) -> None:
         """Have a call wait for it. What only the sweeper looked after is this call's from now on."""
         self.calls = (*self.calls, call)

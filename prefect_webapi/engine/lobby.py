@@ -58,8 +58,15 @@ class Lobby(Generic[T]):
         line.outside[who] = None
         self._open_soon(key, line)
 
+    def enter(self, who: T) -> None:
+        """Be let in at once, or come as others do."""
+        if self.enter_now(who):
+            self._let_in([who])
+        else:
+            self.come(who)
+
     def enter_now(self, who: T) -> bool:
-        """Come in past nobody; False: others are before him, and he has not come at all."""
+        """Come in past nobody, without being let in; False: others are before him, and he has not come at all."""
         line = self._line(self._line_of(who))
         if line.outside or not line.free:
             return False
@@ -86,7 +93,7 @@ class Lobby(Generic[T]):
 
     def position(self, who: T) -> int:
         """Of the last of his line, those inside counted."""
-        line = self._line(self._line_of(who))
+        line = self._lines[self._line_of(who)]
         return self._places - line.free + len(line.outside)
 
     def _line(self, key: Hashable) -> _Line[T]:
@@ -96,7 +103,7 @@ class Lobby(Generic[T]):
         return line
 
     def _tidy(self, key: Hashable, line: _Line[T]) -> None:
-        if line.free == self._places and not line.outside and self._lines.get(key) is line:
+        if line.free == self._places and not line.outside:
             del self._lines[key]
 
     def _open_soon(self, key: Hashable, line: _Line[T]) -> None:

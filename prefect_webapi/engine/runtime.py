@@ -11,7 +11,7 @@ import concurrent.futures
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Hashable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -124,15 +124,23 @@ class Runtime:
         self._others = Others(services, me)
         self._jobs: dict[JobKey, Job] = {}
         self._entering: set[Call] = set()
-        self._entrance = Lobby[Call](_line_of, COMING_IN, TOGETHER, self._let_in, self.post)
+        self._entrance = Lobby[Call](_line_of, COMING_IN, TOGETHER, self._let_in, self._open)
         self._to_send = Lobby[Job](
-            _queue_of, TO_BE_SENT, ENTERED_AT_ONCE, self._let_send, self.post
+            self._queue_of, TO_BE_SENT, ENTERED_AT_ONCE, self._let_send, self._open
         )
         self._to_delete = Lobby[Job](
-            _connection_of, TO_BE_SENT, ENTERED_AT_ONCE, self._let_delete, self.post
+            self._channel_of,
+            TO_BE_SENT,
+            ENTERED_AT_ONCE,
+            partial(self._start_each, self._delete),
+            self._open,
         )
         self._to_end = Lobby[_Step](
-            _Step.line, COMING_TO_END, ENTERED_AT_ONCE, self._let_end, self.post
+            self._kind_of,
+            COMING_TO_END,
+            ENTERED_AT_ONCE,
+            partial(self._start_each, self._write),
+            self._open,
         )
         self._parties: set[asyncio.Event] = set()
         self._ended: dict[Call, Ending] = {}
@@ -223,6 +231,22 @@ class Runtime:
                 return
             action()
 
+    def _open(self, open_line: Callable[[], None]) -> None:
+        """Have those come in who wait in a line; when the runtime is over nobody does: they have been told."""
+
+        def open_if_alive() -> None:
+            if not self._is_over:
+                open_line()
+
+        self.post(open_if_alive)
+
+    def _start_each(
+        self, step: Callable[[T], Coroutine[Any, Any, None]], those: Sequence[T]
+    ) -> None:
+        """Let them in with a task each."""
+        for each in those:
+            self._tasks.start_soon(step, each)
+
     async def _read_mail(self) -> None:
         while True:
             await self._mail.wait()
@@ -239,8 +263,7 @@ class Runtime:
         for job in list(self._jobs.values()):
             if job.ending is None:
                 job.leave()
-            if self._to_send.withdraw(job):
-                self._waits_no_more(job)
+            if self._leave_line(job):
                 self._let_go(job)
         with anyio.move_on_after(CLOSING_SECONDS):
             while self._settling or any(  # noqa: ASYNC110 - bounded by the scope, only at the very end
@@ -317,13 +340,13 @@ class Runtime:
         """
         if self.drives(record.key):
             return None
-        channel = await self._channels.open(loaded)
+        await self._channels.open(loaded)
         taken = await take_over(self._services, record)
         if taken is None or self.drives(record.key):
             return None
         job = self._swept(taken, loaded)
         job.orphaned, job.closes, job.is_guess = job.orphaned or orphaned, closes, is_guess
-        self._tasks.start_soon(self._drive, job, channel)
+        self._tasks.start_soon(self._drive, job)
         return job
 
     def _swept(self, taken: Record, loaded: Loaded) -> Job:
@@ -477,8 +500,6 @@ class Runtime:
         return job if job is not None and self._jobs.get(job.record.key) is job else None
 
     def _let_in(self, calls: Sequence[Call]) -> None:
-        if self._is_over:  # they have been told
-            return
         if len(calls) == 1:
             self._tasks.start_soon(self._enter, calls[0])
         else:
@@ -536,6 +557,16 @@ class Runtime:
         loaded = await plugins.get(request.task_type, request.plugin, request.connection)
         return await self._channels.open(loaded)
 
+    def _channel_of(self, job: Job) -> Channel:
+        return self._channels.of(job.loaded)
+
+    def _queue_of(self, job: Job) -> Hashable:
+        """Jobs of one connection that wait for the same places, if for any."""
+        return self._channel_of(job), job.record.quotas
+
+    def _kind_of(self, step: _Step) -> Hashable:
+        return self._channel_of(step.job), step.kind
+
     async def _draft_for(self, channel: Channel, request: JobRequest) -> Draft:
         heir_of = self._others.gone
         return await draft_for(
@@ -558,7 +589,7 @@ class Runtime:
             return False
         self._begin(job, call)
         if job.is_unwanted or job.is_left or not self._watches(job, handle):
-            self._tasks.start_soon(self._guarded, job, partial(self._advance, job, channel))
+            self._tasks.start_soon(self._guarded, job, partial(self._advance, job))
             return True
         job.holds_capacity = channel.capacity.take_now()
         return True
@@ -652,10 +683,10 @@ class Runtime:
                 record = taken
             if record.details.orphaned and not drawn.made:  # it ends; then this call gets another
                 ending = self._swept(record, loaded)
-                self._tasks.start_soon(self._drive, ending, channel)
+                self._tasks.start_soon(self._drive, ending)
                 continue
             job = Job(services, record, request, loaded, is_new=drawn.made)
-            await self._drive(job, channel, call)
+            await self._drive(job, call)
             return
 
     def _attach(self, call: Call, job: Job) -> None:
@@ -675,25 +706,25 @@ class Runtime:
 
     # --- driving -----------------------------------------------------------------------------
 
-    async def _drive(self, job: Job, channel: Channel, call: Call | None = None) -> None:
+    async def _drive(self, job: Job, call: Call | None = None) -> None:
         """From a record to the end, or to the poller, or to the line of those that are still to be sent."""
         self._begin(job, call)
         if job.is_swept or job.is_unwanted or job.is_left or not _waits_in_line(job.record):
-            await self._guarded(job, partial(self._advance, job, channel))
+            await self._guarded(job, partial(self._advance, job))
         elif self._to_send.enter_now(job):
-            await self._send(job, channel)
+            await self._send(job)
         else:
             self._wait_to_be_sent(job)
 
     def _begin(self, job: Job, call: Call | None) -> None:
         """From now on this process looks after the job."""
-        self._jobs[job.record.key] = job
-        job.note("ADMITTED", job.record.created_at if job.is_new else self._services.clock.now())
+        record = job.record
+        self._jobs[record.key] = job
+        job.note("ADMITTED", record.created_at if job.is_new else self._services.clock.now())
         if call is not None:
             self._attach(call, job)
-        is_new_wish = not job.is_new and job.record.state is not JobState.CANCELLING
-        if is_new_wish and job.record.cancel_reason:
-            self.end(job, Ending(job.record.cancel_reason))
+        if not job.is_new and record.cancel_reason and record.state is not JobState.CANCELLING:
+            self.end(job, Ending(record.cancel_reason))
         self._set_deadline(job)
         if not job.is_awaited and job.ending is None:
             job.leave()  # detached meanwhile
@@ -705,36 +736,36 @@ class Runtime:
             self._services.metrics.add("waiting_jobs", 1, plugin=job.record.plugin)
             limits = ", ".join(job.record.quotas)
             told = f"quota {limits}, position {self._to_send.position(job)}"
-            job.note("WAITING_FOR_RESOURCES", self._services.clock.now(), told)
-            info = PhaseInfo.waiting_for_resources(told)
-            job.told(info)
-            job.report(info, waiting_for_quota=True)
+            job.report_no_place(self._services.clock.now(), told)
+
+    def _let_send(self, jobs: Sequence[Job]) -> None:
+        for job in jobs:
+            self._waits_no_more(job)
+        self._start_each(self._send, jobs)
+
+    def _leave_line(self, job: Job) -> bool:
+        """Take a job out of the line of those that are to be sent; False: it does not stand there."""
+        stood = self._to_send.withdraw(job)
+        if stood:
+            self._waits_no_more(job)
+        return stood
 
     def _waits_no_more(self, job: Job) -> None:
         if job.record.quotas:
             self._services.metrics.add("waiting_jobs", -1, plugin=job.record.plugin)
 
-    def _let_send(self, jobs: Sequence[Job]) -> None:
-        if self._is_over:
-            return
-        for job in jobs:
-            self._waits_no_more(job)
-            self._tasks.start_soon(self._send, job, self._channels.of(job.loaded))
-
-    async def _send(self, job: Job, channel: Channel) -> None:
+    async def _send(self, job: Job) -> None:
         """Advance one that has its place among those that wait for permits."""
         with ExitStack() as waiting:
             waiting.callback(self._to_send.leave, job)
-            await self._guarded(job, partial(self._advance, job, channel, waiting.close))
+            await self._guarded(job, partial(self._advance, job, waiting.close))
 
     def _send_no_more(self, job: Job) -> bool:
-        """Take the job out of the line, if it waits there: what is left to do for it is not to wait."""
-        if not self._to_send.withdraw(job):
-            return False
-        self._waits_no_more(job)
-        advance = partial(self._advance, job, self._channels.of(job.loaded))
-        self._tasks.start_soon(self._guarded, job, advance)
-        return True
+        """What is left to do for a job that is to be sent is not to wait; False: it does not wait in the line."""
+        stood = self._leave_line(job)
+        if stood:
+            self._tasks.start_soon(self._guarded, job, partial(self._advance, job))
+        return stood
 
     async def _guarded(self, job: Job, step: Callable[[], Any]) -> None:
         """Run a part of a job's way. Who loses the job to another process follows that one."""
@@ -766,18 +797,17 @@ class Runtime:
                 call.fail(error)
             await self._part(job)
 
-    async def _advance(
-        self, job: Job, channel: Channel, permitted: Callable[[], None] = lambda: None
-    ) -> None:
+    async def _advance(self, job: Job, permitted: Callable[[], None] = lambda: None) -> None:
         """Do the next step of the state that the record is in. `permitted()`: it is about to be sent."""
-        if channel.capacity.is_full:
+        capacity = self._channel_of(job).capacity
+        if capacity.is_full:
             info = PhaseInfo.not_ready(
-                f"this process tracks {channel.capacity.size} jobs of this connection (caching.size); waiting"
+                f"this process tracks {capacity.size} jobs of this connection (caching.size); waiting"
             )
             job.report(info)
 
         async def be_tracked() -> None:
-            await channel.capacity.take()
+            await capacity.take()
             job.holds_capacity = True
 
         tracked = job.is_swept or await job.unless_ending(be_tracked)  # a pass bounds itself
@@ -890,7 +920,7 @@ class Runtime:
             if job.handle is not None:  # else it is about to be read from the record
                 self.delete(job)
         elif self._send_no_more(job):
-            pass
+            return
         elif job.record.state.job_may_exist and job.scope is None:
             self._tasks.start_soon(self._note_wish, job.record.key, ending.reason)
 
@@ -921,22 +951,9 @@ class Runtime:
         kind = "result" if info.phase is Phase.SUCCESS else "end"
         was_ending = job.ending is not None  # not what comes while it waits
         finish = partial(self._finish, job, info, snapshot=snapshot, was_ending=was_ending)
-        self._write_soon(_Step(job, kind, finish))
+        self._to_end.enter(_Step(job, kind, finish))
 
-    def _write_soon(self, step: _Step) -> None:
-        """Write it down when those before it have written theirs."""
-        if self._to_end.enter_now(step):
-            self._let_end([step])
-        else:
-            self._to_end.come(step)
-
-    def _let_end(self, steps: Sequence[_Step]) -> None:
-        if self._is_over:
-            return
-        for step in steps:
-            self._tasks.start_soon(self._write_end, step)
-
-    async def _write_end(self, step: _Step) -> None:
+    async def _write(self, step: _Step) -> None:
         try:
             await self._guarded(step.job, step.write)
         finally:
@@ -952,31 +969,24 @@ class Runtime:
         """The job lives and shall not: the duty is written down, the delete follows when the limiter permits."""
         if not (job.record.state.is_over or job.is_deleting or job.is_finishing):
             job.is_deleting = True
-            self._write_soon(_Step(job, "duty", partial(self._note_duty, job)))
+            self._to_end.enter(_Step(job, "duty", partial(self._note_duty, job)))
 
     async def _note_duty(self, job: Job) -> None:
         if job.record.state.is_over or job.is_finishing or job.ending is None:
             return
         await note_duty(self._services, job, job.ending)
-        if self._to_delete.enter_now(job):
-            self._let_delete([job])
-        else:
-            self._to_delete.come(job)
+        self._to_delete.enter(job)
 
-    def _let_delete(self, jobs: Sequence[Job]) -> None:
-        if self._is_over:
-            return
-        for job in jobs:
-            self._tasks.start_soon(self._guarded, job, partial(self._send_delete, job))
-
-    async def _send_delete(self, job: Job) -> None:
+    async def _delete(self, job: Job) -> None:
+        """Delete one that has its place among those that wait for permits."""
         with ExitStack() as waiting:
             waiting.callback(self._to_delete.leave, job)
-            if job.ending is None or job.is_finishing:  # it was seen over meanwhile
-                return
-            job.delete_taken = await ask_to_end(
-                self._services, self._calls, job, job.ending, waiting.close
-            )
+            await self._guarded(job, partial(self._send_delete, job, waiting.close))
+
+    async def _send_delete(self, job: Job, permitted: Callable[[], None]) -> None:
+        if job.ending is None or job.is_finishing:  # it was seen over meanwhile
+            return
+        job.delete_taken = await ask_to_end(self._services, self._calls, job, job.ending, permitted)
         job.is_deleting = job.delete_taken
         is_ours = self._jobs.get(job.key) is job
         if is_ours and job.record.state is JobState.CANCELLING and not job.is_finishing:
@@ -1088,7 +1098,7 @@ class Runtime:
         self._observer.forget(job)
         if job.holds_capacity:
             job.holds_capacity = False
-            self._channels.of(job.loaded).capacity.give()
+            self._channel_of(job).capacity.give()
         if job.record.quotas and job.record.state.is_over:
             self._services.quotas.release(job.record.quotas, job.slot, weight=job.record.weight)
             job.lease = None
@@ -1216,9 +1226,6 @@ class _Step:
     kind: Literal["result", "end", "duty"]
     write: Callable[[], Awaitable[None]]
 
-    def line(self) -> Hashable:
-        return _connection_of(self.job), self.kind
-
 
 def too_late() -> EngineClosed:
     """What is told to who comes too late."""
@@ -1252,15 +1259,6 @@ def _line_of(call: Call) -> Hashable:
     asked = call.request
     named = asked.connection if isinstance(asked.connection, str) else id(asked.connection)
     return asked.task_type, asked.plugin, named
-
-
-def _connection_of(job: Job) -> Hashable:
-    return job.loaded.entry.id, job.loaded.connection.name
-
-
-def _queue_of(job: Job) -> Hashable:
-    """Jobs of one connection that wait for the same places, if for any."""
-    return _connection_of(job), job.record.quotas
 
 
 def _waits_in_line(record: Record) -> bool:

@@ -146,10 +146,7 @@ async def _take_place(services: Services, job: Job) -> None:
             f"quota {limits}, position {wait.position}, "
             f"waits for {wait.waited.total_seconds():.0f} s"
         )
-        job.note("WAITING_FOR_RESOURCES", since, told)
-        info = PhaseInfo.waiting_for_resources(told)
-        job.told(info)
-        job.report(info, waiting_for_quota=True)
+        job.report_no_place(since, told)
 
     fault_point("KP-02")
     await services.quotas.acquire(
