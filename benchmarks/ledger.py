@@ -26,7 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import event
+from sqlalchemy import Engine, event
 
 from benchmarks.inmemory import ENTRY, Connection, Memory, Number, Silent, unlimited
 from benchmarks.measure import (
@@ -91,7 +91,7 @@ async def _through(url: str, at_once: int, jobs: int, quota: bool) -> Figures:
             nonlocal commits
             commits += 1
 
-        event.listen(store._engine.sync_engine, "commit", committed)
+        event.listen(Engine, "commit", committed)
 
         async def one_after_the_other() -> None:
             nonlocal writes

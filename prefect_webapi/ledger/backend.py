@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable, Mapping
 from enum import Enum, auto
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from sqlalchemy import URL, Connection, event, make_url
+from sqlalchemy import URL, Connection, Engine, NullPool, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from prefect_webapi.contract.errors import ConfigurationError, LedgerUnavailable
+from prefect_webapi.ledger.connection import OnLoop, OnThread, WritingConnection
 
 __all__ = ["Backend", "Trouble", "copied"]
 
@@ -71,14 +73,9 @@ class Backend:
         """
         if self.dialect == "sqlite":
             engine = create_async_engine(
-                self._read_only_url() if read_only else self._url,
-                connect_args={"isolation_level": None, "timeout": BUSY_SECONDS},
-                hide_parameters=True,
+                self._read_only_url() if read_only else self._url, **_SQLITE_OPTIONS
             )
-            event.listen(
-                engine.sync_engine, "connect", _forbid_writes if read_only else _prepare_sqlite
-            )
-            event.listen(engine.sync_engine, "begin", _begin_sqlite)
+            _set_up_sqlite(engine.sync_engine, _forbid_writes if read_only else _prepare_sqlite)
             return engine
         server_settings = {"application_name": "prefect-webapi", "jit": "off"}
         if read_only:
@@ -94,6 +91,15 @@ class Backend:
             hide_parameters=True,
             pool_pre_ping=True,
         )
+
+    def make_writing_connection(self, engine: AsyncEngine) -> WritingConnection:
+        """The connection for the writer of the loop that has this engine."""
+        if self.dialect != "sqlite":
+            return OnLoop(engine)
+        url = self._url.set(drivername="sqlite+pysqlite")
+        own = create_engine(url, poolclass=NullPool, **_SQLITE_OPTIONS)
+        _set_up_sqlite(own, _prepare_sqlite)
+        return OnThread(own)
 
     def _read_only_url(self) -> URL:
         if self.path is None:
@@ -287,6 +293,21 @@ def _mounts() -> str:
         return Path("/proc/mounts").read_text()
     except OSError:  # not Linux: nobody to ask
         return ""
+
+
+_SQLITE_OPTIONS: Mapping[str, Any] = {
+    "connect_args": {
+        "isolation_level": None,
+        "timeout": BUSY_SECONDS,
+        "check_same_thread": False,
+    },
+    "hide_parameters": True,
+}
+
+
+def _set_up_sqlite(engine: Engine, prepare: Callable[[Any, Any], None]) -> None:
+    event.listen(engine, "connect", prepare)
+    event.listen(engine, "begin", _begin_sqlite)
 
 
 def _prepare_sqlite(connection: Any, _record: Any) -> None:

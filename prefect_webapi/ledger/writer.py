@@ -16,12 +16,12 @@ from typing import Any, TypeAlias, TypeVar, cast
 import anyio
 from sqlalchemy import Connection
 from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from prefect_webapi.clock import Clock
 from prefect_webapi.contract.errors import LedgerError, LedgerUnavailable
 from prefect_webapi.ledger import batch
 from prefect_webapi.ledger.backend import Backend, Trouble, copied
+from prefect_webapi.ledger.connection import WritingConnection
 from prefect_webapi.ledger.records import Draft, Drawn, Move, MoveResult
 from prefect_webapi.ledger.rows import RecordReader
 from prefect_webapi.ledger.statements import Statements
@@ -55,10 +55,14 @@ class Writer:
     """Owns the queue, the task that empties it, and the connection that writes."""
 
     def __init__(
-        self, backend: Backend, engine: AsyncEngine, reader: RecordReader, clock: Clock
+        self,
+        backend: Backend,
+        connection: WritingConnection,
+        reader: RecordReader,
+        clock: Clock,
     ) -> None:
         self._backend = backend
-        self._engine = engine
+        self._connection = connection
         self._reader = reader
         self._clock = clock
         self._statements = Statements(backend.dialect)
@@ -66,7 +70,6 @@ class Writer:
         self._calls: deque[_Call] = deque()
         self._wake = anyio.Event()
         self._closing = False
-        self._conn: AsyncConnection | None = None
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -145,7 +148,7 @@ class Writer:
                     await self._commit_call(self._calls.popleft())
         finally:
             with anyio.CancelScope(shield=True):
-                await self._disconnect()
+                await self._connection.close()
             for waiting in (*self._pending, *self._calls):
                 _fail(waiting.future, self._closed())
 
@@ -208,11 +211,9 @@ class Writer:
         pause = _FIRST_PAUSE_SECONDS
         for left in reversed(range(REPEATS + 1)):
             try:
-                if self._conn is None:
-                    self._conn = await self._engine.connect()
-                return await self._conn.run_sync(attempt)
+                return await self._connection.run(attempt)
             except (SQLAlchemyError, OSError) as exc:
-                await self._disconnect()
+                await self._connection.close()
                 trouble = self._backend.judge(exc)
                 if trouble is Trouble.OPERATION:
                     raise
@@ -220,17 +221,11 @@ class Writer:
                     raise self._backend.unavailable(exc) from exc
             except BaseException:
                 with anyio.CancelScope(shield=True):
-                    await self._disconnect()
+                    await self._connection.close()
                 raise
             await self._clock.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
         raise AssertionError("unreachable")
-
-    async def _disconnect(self) -> None:
-        conn, self._conn = self._conn, None
-        if conn is not None:
-            with contextlib.suppress(SQLAlchemyError, OSError):
-                await conn.close()
 
 
 class _Attempt:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import sqlite3
 import tempfile
+import threading
 import time
 from collections.abc import AsyncGenerator, Generator
 from contextlib import asynccontextmanager, closing, contextmanager
@@ -14,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import make_url
+from sqlalchemy import Connection, create_engine, make_url, text
 from sqlalchemy.engine import RootTransaction
 from sqlalchemy.exc import OperationalError
 
 from prefect_webapi.contract.keys import JobKey
 from prefect_webapi.ledger import batch
+from prefect_webapi.ledger.connection import OnThread
 from prefect_webapi.ledger.records import JobState, Move, MoveResult, QuotaRow
 from prefect_webapi.ledger.sql import SqlStore
 from prefect_webapi.testing import EmbeddedJobServer
@@ -244,6 +246,30 @@ async def test_a_lock_of_another_program_is_waited_for(tmp_path: Path) -> None:
             await asyncio.sleep(0.2)
             assert not pending.done()
         assert (await pending).made
+
+
+async def test_work_that_nobody_waits_for_any_more_has_the_connection_to_its_end(
+    tmp_path: Path,
+) -> None:
+    connection = OnThread(create_engine(sqlite_url(tmp_path / "ledger.db")))
+    begun, goes_on, found = threading.Event(), threading.Event(), list[int]()
+
+    def work(conn: Connection) -> None:
+        begun.set()
+        goes_on.wait(10)
+        found.append(conn.execute(text("SELECT 1")).scalar_one())
+
+    waiting = asyncio.ensure_future(connection.run(work))
+    await asyncio.to_thread(begun.wait, 10)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    closing = asyncio.ensure_future(connection.close())
+    await asyncio.wait([closing], timeout=0.2)
+    assert not closing.done()
+    goes_on.set()
+    await closing
+    assert found == [1]
 
 
 async def test_readers_do_not_wait_for_writers(tmp_path: Path) -> None:
