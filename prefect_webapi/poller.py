@@ -30,6 +30,9 @@ BATCH_SLACK = 0.2
 COMPANY_SLACK = 0.05
 """Share of a job's gap by which it may be read early because others are read at that moment: of a thousand jobs each
 would have the process wake up for it alone."""
+EASED_SECONDS, EASED_GAP = 1.0, 0.01
+"""For so long a process that takes up jobs by the hundred reads no more often than that: who is not taken up yet is
+looked after by nobody."""
 GIVEN_AT_ONCE = 50
 """Answers of one read that are delivered before others get their turn of the loop."""
 
@@ -166,6 +169,7 @@ class Poller:
         self._workers = 0
         self._busy = 0
         self._watched = 0
+        self._eased_until = self._next_eased = 0.0
 
     def __len__(self) -> int:
         return self._watched
@@ -217,6 +221,12 @@ class Poller:
         if watched.wanted:
             watched.wanted = False
             self._watched -= 1
+
+    def ease(self) -> None:
+        """Read little for a moment: the loop is needed for what is more urgent. A read is made now and then all the
+        same, so that nobody waits for ever.
+        """
+        self._eased_until = self._clock.monotonic() + EASED_SECONDS
 
     async def run(self) -> None:
         loop = asyncio.get_running_loop()
@@ -302,7 +312,10 @@ class Poller:
             heapq.heappop(self._heap)
         if not self._heap:
             return None
-        return self._heap[0].due - self._clock.monotonic()
+        due, now = self._heap[0].due, self._clock.monotonic()
+        if now < self._eased_until:
+            due = max(due, self._next_eased)
+        return due - now
 
     def _take(self, slack: float = 0.0) -> list[Watched]:
         """The next jobs to read together: due ones, and to fill a batch those that are nearly due.
@@ -312,6 +325,10 @@ class Poller:
         """
         batch: list[Watched] = []
         now = self._clock.monotonic()
+        if now < self._eased_until:
+            if now < self._next_eased:
+                return batch
+            self._next_eased = now + EASED_GAP
         while self._heap and len(batch) < self.policy.max_batch:
             watched = self._heap[0]
             early = 0.0 if watched.is_exact else watched.gap * (BATCH_SLACK if batch else slack)

@@ -15,6 +15,8 @@ import pytest
 from prefect_webapi.clock import Clock
 from prefect_webapi.poller import (
     COMPANY_SLACK,
+    EASED_GAP,
+    EASED_SECONDS,
     Observation,
     Poller,
     ReadingPolicy,
@@ -188,6 +190,20 @@ def test_the_first_reads_of_many_jobs_are_spread_over_the_first_gap() -> None:
     assert 0 <= due[0] < 0.1
     assert 0.9 < due[-1] <= POLICY.initial
     assert 0.3 < due[250] < 0.7
+
+
+def test_while_the_loop_is_needed_for_others_little_is_read() -> None:
+    """And never nothing, nor for longer than that was said to last."""
+    clock, taken = Still(), list[int]()
+    poller = Poller(POLICY, Scripted(fine), cast(Any, None), clock)
+    for n in range(10):
+        poller.watch(n, n)
+    poller.ease()
+    for clock.now_at in (0.0, EASED_GAP / 2, EASED_GAP, EASED_SECONDS / 2, EASED_SECONDS + 0.1):
+        taken.append(0)
+        while poller._take():  # pyright: ignore[reportPrivateUsage]
+            taken[-1] += 1
+    assert taken == [1, 0, 1, 1, 7]
 
 
 @pytest.mark.parametrize(("max_batch", "least"), [(1, 400), (500, 8)])

@@ -522,6 +522,8 @@ class Runtime:
                 meeting = met.get(call)
                 if meeting is not None and self._resumes(call, meeting):
                     self._entrance.leave(call)
+                    if self._entrance.is_crowded:
+                        meeting.channel.poller.ease()
                 else:  # it begins before those that wait for the party
                     self._tasks.start_soon(self._enter, call, meeting)
         finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -27,7 +28,7 @@ from prefect_webapi.engine.runtime import Runtime
 from prefect_webapi.ledger.records import Draft, Drawn, JobState, Move, Record
 from prefect_webapi.ledger.sql import SqlStore
 from prefect_webapi.testing import EmbeddedJobServer
-from prefect_webapi_jobserver import ReportJob
+from prefect_webapi_jobserver import JobServerPlugin, ReportJob
 from tests.ledger.raw import raw
 from tests.support.engine import GivenConnections, GivenRuns, at, block, engine, request
 from tests.support.ledger import another_store, draft_for, ledger_of
@@ -159,6 +160,23 @@ async def test_more_than_a_process_tracks_wait_for_room(
         outcomes = await ends(tickets)
     assert [each.value.data for each in outcomes if isinstance(each, Outcome)] == list(range(JOBS))
     assert job_server.stats().created == JOBS
+
+
+async def test_little_is_read_while_a_crowd_is_taken_up(
+    job_server: EmbeddedJobServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who is not taken up yet is looked after by nobody."""
+    await left(tmp_path, job_server)
+    all_succeed(job_server)
+    monkeypatch.setattr(JobServerPlugin, "max_batch", 1)
+    monkeypatch.setattr("prefect_webapi.engine.runtime.COMING_IN", 5)
+    monkeypatch.setattr("prefect_webapi.poller.EASED_SECONDS", 60.0)
+    monkeypatch.setattr("prefect_webapi.poller.EASED_GAP", 0.05)
+    with at(tmp_path, job_server, sweeps=False) as host:
+        began = time.monotonic()
+        outcomes = await ends(calls(host, "2"))
+        assert time.monotonic() - began >= 0.05 * (JOBS - 5 - 1)  # the first few may come alone
+    assert [each.value.data for each in outcomes if isinstance(each, Outcome)] == list(range(JOBS))
 
 
 class Awaited(SqlStore):
