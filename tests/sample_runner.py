@@ -6,10 +6,12 @@ parameters without a default.
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import inspect
 import json
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from itertools import repeat
 from pathlib import Path
@@ -18,6 +20,13 @@ from typing import Any
 from prefect import Flow
 
 AT_ONCE = 4
+_parse, _parsing = ast.parse, threading.Lock()
+
+
+def _parse_alone(*arguments: Any, **options: Any) -> ast.AST:
+    """Python 3.11.7 fails now and then when two threads parse at one time, and Prefect parses each task."""
+    with _parsing:
+        return _parse(*arguments, **options)
 
 
 def run(file: Path, arguments: dict[str, Any]) -> int:
@@ -37,6 +46,7 @@ def run(file: Path, arguments: dict[str, Any]) -> int:
 
 
 def main(arguments: str, *files: str) -> None:
+    ast.parse = _parse_alone
     values = json.loads(arguments)
     with ThreadPoolExecutor(AT_ONCE) as pool:
         flows = sum(pool.map(run, map(Path, files), repeat(values)))

@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Collection, Iterable, Mapping, Set
 from dataclasses import is_dataclass
+from functools import lru_cache
 from typing import Any, NewType, cast
 
 from pydantic import BaseModel
@@ -42,13 +43,20 @@ _HASH_CHARS = 25  # of 36 symbols: 129 bits
 _MIN_MAX_LENGTH = _HASH_CHARS + 1
 
 
+_ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
 def canonical_json(value: object) -> str:
     """JSON with sorted keys and no blanks: equal data gives equal text in every process."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return _ENCODER.encode(value)
 
 
 def _sha256(value: object) -> str:
-    return hashlib.sha256(canonical_json(value).encode("utf-8", "surrogatepass")).hexdigest()
+    return _hashed(canonical_json(value))
+
+
+def _hashed(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def fingerprint_of(task_type: str, connection: str, spec: BaseModel) -> Fingerprint:
@@ -82,6 +90,8 @@ def _sets_in_order(data: Any, value: Any) -> Any:
 
     Where a serialiser of the author's own gave the data another shape, it is taken as it is.
     """
+    if not _may_hold_sets(data):
+        return data
     if isinstance(value, BaseModel) or (is_dataclass(value) and not isinstance(value, type)):
         names = (
             type(value).model_fields if isinstance(value, BaseModel) else value.__dataclass_fields__
@@ -102,9 +112,23 @@ def _sets_in_order(data: Any, value: Any) -> Any:
     return cast(Any, data)
 
 
+def _may_hold_sets(data: Any) -> bool:
+    """A set is a list here, and most specs hold none."""
+    if isinstance(data, dict):
+        parts = cast(dict[str, Any], data).values()
+        return any(isinstance(part, dict | list) for part in parts)
+    return isinstance(data, list)
+
+
 def base_of(run_key: str, task_key: str, fingerprint: Fingerprint) -> Base:
     """Identity of a call without ordinal and attempt."""
-    return Base(_sha256([run_key, task_key, fingerprint]))
+    return Base(_hashed(f'{_list_that_begins(run_key, task_key)},"{fingerprint}"]'))
+
+
+@lru_cache(maxsize=1024)
+def _list_that_begins(*parts: str) -> str:
+    """As canonical JSON, without its end: of many calls only the end differs."""
+    return canonical_json(parts)[:-1]
 
 
 def idempotent_base(idempotency_key: str) -> Base:

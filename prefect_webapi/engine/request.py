@@ -12,6 +12,7 @@ from prefect_webapi.contract.config import EngineSettings
 from prefect_webapi.contract.keys import Fingerprint, JobKey
 from prefect_webapi.contract.phase import PhaseInfo
 from prefect_webapi.contract.task import JobSpec
+from prefect_webapi.contract.values import value_class
 from prefect_webapi.ledger.records import Record
 from prefect_webapi.tracing import Context, here
 
@@ -39,7 +40,7 @@ def _nothing() -> Mapping[str, Any]:
     return NOTHING
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value_class
 class Caller:
     """Who asks for a job.
 
@@ -69,7 +70,7 @@ def outermost_run(owner: Caller | Record) -> str:
     return owner.root_run or owner.flow_run or owner.task_run
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value_class
 class Overrides:
     """Options of the call that win over the block's settings; None: the block decides."""
 
@@ -83,7 +84,7 @@ NO_OVERRIDES = Overrides()
 """What most calls have."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value_class
 class JobRequest:
     """One call of a task, resolved: no futures, no blocks' names left to guess.
 
@@ -113,7 +114,7 @@ class JobRequest:
     trace: Context = field(default_factory=here, repr=False, compare=False)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value_class
 class Outcome:
     """How a job ended.
 

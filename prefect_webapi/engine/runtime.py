@@ -96,10 +96,10 @@ READ_AT_ONCE = 200
 """Letters that are read before others get their turn of the loop."""
 COUNTED_AT_ONCE = 5_000
 """Jobs that are looked at before others get their turn of the loop; and so many a second at most."""
-COMING_IN, TOGETHER = 400, 200
+COMING_IN, TOGETHER = 1_000, 100
 """Calls of a connection whose records are looked for at one time, and by one question: the loop is not held up by them
 for long, and has the next ones ready when the ledger has answered."""
-ENTERED_AT_ONCE = 50
+ENTERED_AT_ONCE = 100
 """Calls that are helped on their way before others get their turn of the loop."""
 TO_BE_SENT = 1_000
 """Jobs of a connection that wait with a task each for a permit, to be made or to be deleted; and of each set of quotas
@@ -518,14 +518,16 @@ class Runtime:
                 met = await self._meet(calls, is_over)
             except Exception as error:  # noqa: BLE001 - each meets it again by himself, and hears of it
                 logger.debug("%s calls enter one by one: %r", len(calls), error)
+            resumed: Channel | None = None
             async for call in in_portions(calls, ENTERED_AT_ONCE):
                 meeting = met.get(call)
                 if meeting is not None and self._resumes(call, meeting):
                     self._entrance.leave(call)
-                    if self._entrance.is_crowded:
-                        meeting.channel.poller.ease()
+                    resumed = meeting.channel
                 else:  # it begins before those that wait for the party
                     self._tasks.start_soon(self._enter, call, meeting)
+            if resumed is not None and self._entrance.is_crowded:
+                resumed.poller.ease()
         finally:
             self._parties.discard(is_over)
             is_over.set()

@@ -20,13 +20,13 @@ from sqlalchemy import Connection, Row, TextClause
 from prefect_webapi.contract.errors import LedgerError
 from prefect_webapi.contract.keys import (
     JobKey,
-    canonical_json,
     is_visible,
     job_key,
     lowest_free,
 )
 from prefect_webapi.ledger.records import Draft, Drawn, JobState, Move, MoveResult, Record
 from prefect_webapi.ledger.rows import (
+    COLUMNS,
     RecordReader,
     has_failed,
     micros,
@@ -36,22 +36,37 @@ from prefect_webapi.ledger.rows import (
 )
 from prefect_webapi.ledger.statements import Statements, json_rows
 
-__all__ = ["Intent", "Operation", "Shift", "run"]
+__all__ = ["Intent", "Operation", "Party", "Shift", "run"]
 
 Rows: TypeAlias = Sequence[Row[Any]]
+
+_OVER = frozenset(state for state in JobState if state.is_over)
+_ALIVE = frozenset(JobState) - _OVER
+
+
+class Party:
+    """Operations whose answers are waited for together. `over` is done when the last one has its answer."""
+
+    __slots__ = ("_left", "over")
+
+    def __init__(self, size: int) -> None:
+        self._left = size
+        self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def one_is_answered(self) -> None:
+        self._left -= 1
+        if not self._left and not self.over.done():  # done: its caller was cancelled
+            self.over.set_result(None)
 
 
 @dataclass(slots=True, eq=False)
 class Intent:
-    """A draft that waits for its record."""
+    """A draft that waits for its record. `levels`: the draft's, as they are stored."""
 
     draft: Draft
-    future: asyncio.Future[Drawn]
-    levels: str = ""
+    levels: str
+    party: Party
     answer: Drawn | LedgerError | None = None
-
-    def __post_init__(self) -> None:
-        self.levels = canonical_json(dict(self.draft.levels))
 
 
 @dataclass(slots=True, eq=False)
@@ -59,7 +74,7 @@ class Shift:
     """A move that waits for its outcome. Its columns are made where it is asked for."""
 
     move: Move
-    future: asyncio.Future[MoveResult]
+    party: Party
     columns: dict[str, Any] = field(default_factory=dict[str, Any])
     answer: MoveResult | LedgerError | None = None
 
@@ -149,11 +164,7 @@ def _draw(
     if sql.lock_groups is not None:
         bases = sorted({i.draft.base for i in intents})
         _apply(conn, sql.lock_groups, ({"base": base} for base in bases))
-    ordinals = _ordinals(conn, sql, intents)
-    places = {(i.draft.base, n): {"base": i.draft.base, "ordinal": n} for i, n in ordinals.items()}
-    newest: dict[tuple[str, int], Row[Any] | Record] = {
-        (row.base, row.ordinal): row for row in _fetch(conn, sql.records, places.values())
-    }
+    ordinals, newest = _places(conn, sql, intents)
     made: dict[JobKey, Record] = {}
     left: dict[JobKey, tuple[Row[Any], dict[str, Any]]] = {}
     for intent in intents:
@@ -168,7 +179,7 @@ def _draw(
         else:
             taken = _taken_by(draft, found) if _inherits(draft, found) else None
             try:
-                newest[place] = record = reader.read(found, taken)
+                newest[place] = record = reader.read(_columns_of(found), taken)
             except LedgerError as exc:
                 intent.answer = exc
                 continue
@@ -182,15 +193,15 @@ def _draw(
         lost = _take_over(conn, sql, left)
         for intent in intents:  # also the second one that asked for the same job
             if isinstance(intent.answer, Drawn) and intent.answer.record.key in lost:
-                intent.answer = Drawn(reader.read(lost[intent.answer.record.key]), made=False)
+                row = _columns_of(lost[intent.answer.record.key])
+                intent.answer = Drawn(reader.read(row), made=False)
 
 
 def _is_done_with(newest: Row[Any] | Record, draft: Draft) -> bool:
     """Whether a new attempt is due: the newest one is over, and its result can't be handed out."""
-    state = JobState.__members__.get(newest.state)
-    if state is None or not state.is_over:
+    if newest.state not in _OVER:
         return False
-    was_delivered = state is not JobState.OVER
+    was_delivered = newest.state != JobState.OVER
     failed = has_failed(newest.details) if isinstance(newest, Record) else newest.failed
     if failed:
         return was_delivered or draft.is_retry
@@ -198,8 +209,7 @@ def _is_done_with(newest: Row[Any] | Record, draft: Draft) -> bool:
 
 
 def _inherits(draft: Draft, found: Row[Any]) -> bool:
-    state = JobState.__members__.get(found.state)
-    if state is None or state.is_over or found.runtime not in draft.heir_of:
+    if found.state not in _ALIVE or found.runtime not in draft.heir_of:
         return False
     return found.fingerprint == draft.fingerprint  # else the call has no right to it
 
@@ -218,11 +228,15 @@ def _take_over(
     conn: Connection, sql: Statements, left: Mapping[JobKey, tuple[Row[Any], dict[str, Any]]]
 ) -> Mapping[JobKey, Row[Any]]:
     """Give jobs that were left behind to those who ask. Which were lost to others, as they were before."""
-    in_order = sorted(left.items())  # all processes lock in one order
-    wanted = (
-        {**taken, "key": key, "was": row.state, "had": row.fence} for key, (row, taken) in in_order
-    )
-    changed = {row.key for row in _fetch(conn, sql.take_jobs, wanted)}
+    groups: dict[tuple[Any, ...], list[dict[str, str]]] = defaultdict(list)
+    for key, (row, taken) in sorted(left.items()):  # all processes lock in one order
+        of_all = row.state, row.fence, taken["runtime"], taken["flow_run"], taken["root_run"]
+        groups[of_all].append({"key": key, "task_run": taken["task_run"]})
+    changed: set[str] = set()
+    for of_all, wanted in groups.items():
+        names = ("was", "had", "runtime", "flow_run", "root_run")
+        values = json_rows(wanted) | dict(zip(names, of_all, strict=True))
+        changed.update(conn.execute(sql.take_jobs, values).scalars())
     return {key: row for key, (row, _) in left.items() if key not in changed}
 
 
@@ -261,35 +275,57 @@ def _new_record(draft: Draft, ordinal: int, attempt: int) -> Record:
     )
 
 
-def _ordinals(conn: Connection, sql: Statements, intents: list[Intent]) -> dict[Intent, int]:
-    """The ordinal of each intent: its own claim's, or the lowest that no visible claim has."""
-    asked = [(i, _claim_of(i.draft)) for i in intents if not i.draft.pinned]
+def _places(
+    conn: Connection, sql: Statements, intents: list[Intent]
+) -> tuple[dict[Intent, int], dict[tuple[str, int], Row[Any] | Record]]:
+    """The ordinal of each intent: its own claim's, or the lowest that no visible claim has; and the newest record of
+    each place, if it has any.
+    """
     ordinals = {i: 0 for i in intents if i.draft.pinned}
-    if not asked:
-        return ordinals
-    columns = ("base", "task_run", "nth")
-    known = {
-        (row.base, row.task_run, row.nth): row.ordinal
-        for row in _fetch(
-            conn, sql.own_claims, (dict(zip(columns, c, strict=True)) for _, c in asked)
-        )
-    }
-    fresh = [(i, claim) for i, claim in asked if claim not in known]
-    if fresh:
-        groups = {_group_of(i.draft) for i, _ in fresh}
-        asked_for = ({"base": base, "execution": execution} for base, execution in groups)
-        draws = _Draws(_fetch(conn, sql.claims_of_execution, asked_for))
-        claims: list[dict[str, Any]] = []
-        for intent, claim in fresh:
-            if claim in known:  # the same call twice in this batch
-                continue
-            draft = intent.draft
-            known[claim] = ordinal = draws.draw(_group_of(draft), intent.levels, draft.levels)
-            row = dict(zip(columns, claim, strict=True))
-            row |= {"execution": draft.execution, "levels": intent.levels, "ordinal": ordinal}
-            claims.append(row)
-        _apply(conn, sql.insert_claims, claims)
-    return ordinals | {i: known[claim] for i, claim in asked}
+    asked = [(i, _claim_of(i.draft)) for i in intents if not i.draft.pinned]
+    known: dict[tuple[str, str, int], int] = {}
+    newest: dict[tuple[str, int], Row[Any] | Record] = {}
+    if asked:
+        wanted = ({"base": base, "task_run": run, "nth": nth} for _, (base, run, nth) in asked)
+        for row in _fetch(conn, sql.own_records, wanted):
+            known[row.claim_base, row.claim_task_run, row.claim_nth] = row.claim_ordinal
+            if row.key is not None:
+                newest[row.claim_base, row.claim_ordinal] = row
+        if fresh := [(i, claim) for i, claim in asked if claim not in known]:
+            known |= _draw_claims(conn, sql, fresh)
+            ordinals |= {i: known[claim] for i, claim in fresh}
+    if ordinals:
+        places = {
+            (i.draft.base, n): {"base": i.draft.base, "ordinal": n} for i, n in ordinals.items()
+        }
+        for row in _fetch(conn, sql.records, places.values()):
+            newest[row.base, row.ordinal] = row
+    return {i: known[claim] for i, claim in asked} | ordinals, newest
+
+
+def _draw_claims(
+    conn: Connection, sql: Statements, fresh: Sequence[tuple[Intent, tuple[str, str, int]]]
+) -> dict[tuple[str, str, int], int]:
+    """The ordinals of claims that are new."""
+    groups = {_group_of(i.draft) for i, _ in fresh}
+    asked_for = ({"base": base, "execution": execution} for base, execution in groups)
+    draws = _Draws(_fetch(conn, sql.claims_of_execution, asked_for))
+    drawn: dict[tuple[str, str, int], int] = {}
+    claims: list[dict[str, Any]] = []
+    for intent, claim in fresh:
+        if claim in drawn:  # the same call twice in this batch
+            continue
+        draft, (base, run, nth) = intent.draft, claim
+        drawn[claim] = ordinal = draws.draw(_group_of(draft), intent.levels, draft.levels)
+        row = {"base": base, "task_run": run, "nth": nth, "ordinal": ordinal}
+        claims.append(row | {"execution": draft.execution, "levels": intent.levels})
+    _apply(conn, sql.insert_claims, claims)
+    return drawn
+
+
+def _columns_of(row: Row[Any]) -> Sequence[Any]:
+    """Of a job's row, its claim's left out."""
+    return row[: len(COLUMNS)]
 
 
 def _claim_of(draft: Draft) -> tuple[str, str, int]:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Protocol, TypeVar
 
 import anyio.to_thread
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Connection, Engine, event
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
@@ -19,6 +19,10 @@ T = TypeVar("T")
 
 class WritingConnection(Protocol):
     """One connection, opened when it is needed; for one piece of work at a time."""
+
+    def on_work(self, tell: Callable[[], None]) -> None:
+        """Have `tell` called each time when the data base is about to work: in the thread that waits for it."""
+        ...
 
     async def run(self, work: Callable[[Connection], T]) -> T:
         """Do it, and raise what connecting or the work raises."""
@@ -35,10 +39,15 @@ class OnLoop:
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine
         self._conn: AsyncConnection | None = None
+        self._tell: Callable[[], None] = _nothing
+
+    def on_work(self, tell: Callable[[], None]) -> None:
+        self._tell = tell
 
     async def run(self, work: Callable[[Connection], T]) -> T:
         if self._conn is None:
             self._conn = await self._engine.connect()
+            _listen(self._conn.sync_connection, self._tell)
         return await self._conn.run_sync(work)
 
     async def close(self) -> None:
@@ -57,7 +66,11 @@ class OnThread:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._conn: Connection | None = None
+        self._tell: Callable[[], None] = _nothing
         self._used = threading.Lock()  # a wait that is cancelled leaves its work behind
+
+    def on_work(self, tell: Callable[[], None]) -> None:
+        self._tell = tell
 
     async def run(self, work: Callable[[Connection], T]) -> T:
         return await anyio.to_thread.run_sync(self._run, work)
@@ -66,6 +79,7 @@ class OnThread:
         with self._used:
             if self._conn is None:
                 self._conn = self._engine.connect()
+                _listen(self._conn, self._tell)
             return work(self._conn)
 
     async def close(self) -> None:
@@ -77,3 +91,12 @@ class OnThread:
             if conn is not None:
                 with contextlib.suppress(SQLAlchemyError, OSError):
                     conn.close()
+
+
+def _listen(conn: Connection | None, tell: Callable[[], None]) -> None:
+    for happens in ("before_cursor_execute", "commit"):
+        event.listen(conn, happens, lambda *_: tell())
+
+
+def _nothing() -> None:
+    pass

@@ -16,6 +16,7 @@ from pydantic_core.core_schema import no_info_after_validator_function
 
 from prefect_webapi.contract.keys import Base, Fingerprint, JobKey
 from prefect_webapi.contract.phase import PhaseInfo
+from prefect_webapi.contract.values import value_class
 
 __all__ = [
     "FORMAT",
@@ -83,7 +84,7 @@ JsonText = Annotated[str, BeforeValidator(_as_text)]
 """Parsed only where it is needed; one that was stored as an object is read too."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value_class
 class Lease:
     """Slots lent by Prefect. `until` is when they lapse unless renewed; `part`: by a lease for several jobs."""
 
@@ -92,7 +93,7 @@ class Lease:
     part: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value_class
 class Outputs:
     """A result: the value itself (JSON data), or where the result storage keeps it."""
 
@@ -100,7 +101,7 @@ class Outputs:
     pointer: str | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value_class
 class Step:
     """A phase as people saw it: its name (SPEC 2.4), when it began, why."""
 
@@ -172,7 +173,7 @@ class Steps(Sequence[Step]):
 NO_STEPS = Steps()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value_class
 class Details:
     """The part of a record that only its owner and people read; stored as one JSON document.
 
@@ -232,7 +233,7 @@ def _plain(value: Any) -> Any:
 _DETAILS = TypeAdapter(Details)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value_class
 class Record:
     """One job. Identity is (base, ordinal, attempt); `key` is their hash.
 
@@ -288,7 +289,7 @@ class OpenJob:
         return cls(record.key, record.runtime, record.state, has_handle, record.updated_at)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value_class
 class Draft:
     """A call that wants a job: what to look for, and the record to make if there is none.
 
@@ -349,7 +350,7 @@ class MoveResult(Enum):
     LOST = "lost"  # state or fence is not what was expected; nothing was changed
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value_class
 class Move:
     """A compare-and-set on (state, fence). What is None stays as it is.
 

@@ -82,9 +82,12 @@ class Statements:
                 f"INSERT INTO webapi_group (base, draws) SELECT base, 1 FROM {values(base='text')}"
                 " ORDER BY base ON CONFLICT (base) DO UPDATE SET draws = webapi_group.draws + 1"
             )
-        self.own_claims = text(
-            f"SELECT c.base, c.task_run, c.nth, c.ordinal FROM {values(**claim)}"
+        columns = ", ".join(f"j.{name}" for name in COLUMNS)
+        self.own_records = text(
+            f"SELECT {columns}, c.base AS claim_base, c.task_run AS claim_task_run, c.nth AS claim_nth,"
+            f" c.ordinal AS claim_ordinal FROM {values(**claim)}"
             " JOIN webapi_claim c ON c.base = v.base AND c.task_run = v.task_run AND c.nth = v.nth"
+            " LEFT JOIN webapi_job j ON j.base = c.base AND j.ordinal = c.ordinal ORDER BY j.attempt"
         )
         self.claims_of_execution = text(
             "SELECT c.base, c.execution, c.levels, c.ordinal"
@@ -97,8 +100,7 @@ class Statements:
             f" FROM {values(**claim, execution='text', levels='text', ordinal='int')} WHERE true"
         )
         self.records = text(
-            f"SELECT {', '.join(f'j.{name}' for name in COLUMNS)}"
-            f" FROM {values(base='text', ordinal='int')} JOIN webapi_job j"
+            f"SELECT {columns} FROM {values(base='text', ordinal='int')} JOIN webapi_job j"
             " ON j.base = v.base AND j.ordinal = v.ordinal ORDER BY j.attempt"
         )
         self.insert_jobs = text(
@@ -118,12 +120,12 @@ class Statements:
             "UPDATE webapi_job SET state = v.state, fence = v.fence, updated_at = v.updated_at,"
             f" {keep} FROM {values(**_SHIFT)}{as_expected}"
         )
-        owners = ("runtime", "flow_run", "root_run", "task_run")
-        taken = {"key": "text", "was": "text", "had": "int", "fence": "int"}
-        taken |= dict.fromkeys(owners, "text")
+        # Of one process mostly: what its jobs have in common is said once.
         self.take_jobs = text(
-            "UPDATE webapi_job SET fence = v.fence,"
-            f" {', '.join(f'{name} = v.{name}' for name in owners)} FROM {values(**taken)}{as_expected}"
+            "UPDATE webapi_job SET fence = webapi_job.fence + 1, runtime = :runtime, flow_run = :flow_run,"
+            f" root_run = :root_run, task_run = v.task_run FROM {values(key='text', task_run='text')}"
+            " WHERE webapi_job.key = v.key AND webapi_job.state = :was AND webapi_job.fence = :had"
+            " RETURNING webapi_job.key"
         )
         self.update_quotas = text(
             f"UPDATE webapi_quota SET live = v.live FROM {values(name='text', live='int')}"

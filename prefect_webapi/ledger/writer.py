@@ -11,7 +11,7 @@ import contextlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias, TypeVar, cast
+from typing import Any, TypeAlias, TypeVar, overload
 
 import anyio
 from sqlalchemy import Connection
@@ -19,25 +19,28 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from prefect_webapi.clock import Clock
 from prefect_webapi.contract.errors import LedgerError, LedgerUnavailable
+from prefect_webapi.contract.keys import canonical_json
 from prefect_webapi.ledger import batch
 from prefect_webapi.ledger.backend import Backend, Trouble, copied
 from prefect_webapi.ledger.connection import WritingConnection
 from prefect_webapi.ledger.records import Draft, Drawn, Move, MoveResult
 from prefect_webapi.ledger.rows import RecordReader
 from prefect_webapi.ledger.statements import Statements
-from prefect_webapi.portions import in_portions
 
 __all__ = ["Writer"]
 
 T = TypeVar("T")
 
 MAX_BATCH = 500
-ANSWERED_AT_ONCE = 50
-"""Answers that are given before others get their turn of the loop: each has its caller go on."""
+ANSWERED_AT_ONCE = MAX_BATCH // 4
+"""Answers that are given before others get their turn of the loop: each has its caller go on. A batch has the data base
+work three to five times.
+"""
 REPEATS = 7
 _FIRST_PAUSE_SECONDS = 0.05
 _LONGEST_PAUSE_SECONDS = 1.0
 _FLUSH_SECONDS = 60.0
+_TOLD_WITHIN_SECONDS = 0.05
 
 
 @dataclass(slots=True, eq=False)
@@ -71,6 +74,9 @@ class Writer:
         self._wake = anyio.Event()
         self._closing = False
         self._task: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop
+        self._untold: deque[batch.Operation] = deque()
+        self._telling: asyncio.TimerHandle | None = None
 
     @property
     def statements(self) -> Statements:
@@ -79,9 +85,9 @@ class Writer:
     def start(self) -> None:
         # A task group would tie open and close to one task. The owner is the store: it awaits this
         # task in aclose().
-        self._task = asyncio.get_running_loop().create_task(
-            self._run(), name="webapi-ledger-writer"
-        )
+        self._loop = asyncio.get_running_loop()
+        self._connection.on_work(self._on_work)
+        self._task = self._loop.create_task(self._run(), name="webapi-ledger-writer")
 
     async def aclose(self) -> None:
         """Write what is pending, then end."""
@@ -98,23 +104,30 @@ class Writer:
                 await task
 
     async def intent(self, draft: Draft) -> Drawn:
-        operation = batch.Intent(draft, asyncio.get_running_loop().create_future())
-        self._put(self._pending, operation)
-        return await operation.future
+        [drawn] = await self.intents([draft])
+        if isinstance(drawn, LedgerError):
+            raise drawn
+        return drawn
 
     async def intents(self, drafts: Sequence[Draft]) -> Sequence[Drawn | LedgerError]:
-        loop = asyncio.get_running_loop()
-        operations = [batch.Intent(draft, loop.create_future()) for draft in drafts]
-        for operation in operations:
-            self._put(self._pending, operation)
-        futures = [operation.future for operation in operations]
-        answers = await asyncio.gather(*futures, return_exceptions=True)
-        return cast(Sequence[Drawn | LedgerError], answers)  # nothing else is told here
+        if not drafts:
+            return []
+        party = batch.Party(len(drafts))
+        levels = {id(draft.levels): draft.levels for draft in drafts}  # most have the same
+        texts = {each: canonical_json(dict(given)) for each, given in levels.items()}
+        operations = [batch.Intent(draft, texts[id(draft.levels)], party) for draft in drafts]
+        self._put(self._pending, *operations)
+        await party.over
+        return [_answer_of(operation) for operation in operations]
 
     async def move(self, move: Move) -> MoveResult:
-        operation = batch.Shift(move, asyncio.get_running_loop().create_future())
+        operation = batch.Shift(move, batch.Party(1))
         self._put(self._pending, operation)
-        return await operation.future
+        await operation.party.over
+        result = _answer_of(operation)
+        if isinstance(result, LedgerError):
+            raise result
+        return result
 
     async def call(self, function: Callable[[Connection], T]) -> T:
         """Run `function` in a transaction of its own, perhaps twice: it must be repeatable."""
@@ -122,10 +135,10 @@ class Writer:
         self._put(self._calls, _Call(function, future))
         return await future
 
-    def _put(self, queue: deque[T], item: T) -> None:
+    def _put(self, queue: deque[T], *items: T) -> None:
         if self._task is None or self._task.done():
             raise self._closed()
-        queue.append(item)
+        queue.extend(items)
         self._wake.set()
 
     def _closed(self) -> LedgerUnavailable:
@@ -148,9 +161,12 @@ class Writer:
                     await self._commit_call(self._calls.popleft())
         finally:
             with anyio.CancelScope(shield=True):
+                await self._tell_rest()
                 await self._connection.close()
-            for waiting in (*self._pending, *self._calls):
-                _fail(waiting.future, self._closed())
+            for operation in self._pending:
+                _tell(operation, self._closed())
+            for call in self._calls:
+                _fail(call.future, self._closed())
 
     def _take(self) -> list[batch.Operation]:
         """What is pending, in order; a second move of one job waits for the next batch."""
@@ -180,17 +196,49 @@ class Writer:
             await self._repeat(attempt)
         except LedgerUnavailable as exc:
             for operation in operations:
-                _fail(operation.future, copied(exc))
+                _tell(operation, copied(exc))
         except Exception as exc:  # noqa: BLE001  one operation must not end the writer of all
             if len(operations) == 1:
-                _fail(operations[0].future, _refused(exc))
+                _tell(operations[0], _refused(exc))
                 return
             half = len(operations) // 2
             await self._commit(operations[:half], is_repeated=attempt.is_repeated)
             await self._commit(operations[half:], is_repeated=attempt.is_repeated)
         else:
-            async for operation in in_portions(operations, ANSWERED_AT_ONCE):
-                _answer(operation.future, operation.answer)
+            await self._tell_rest()  # of the batch before
+            self._untold.extend(operations)
+            if self._pending:
+                within = _TOLD_WITHIN_SECONDS
+                self._telling = self._loop.call_later(within, self._tell_late)
+            else:
+                await self._tell_rest()
+
+    def _on_work(self) -> None:
+        """The data base is about to work, and the loop has time for those whose batch it has written.
+
+        Who gets an answer goes on. They would otherwise do so when the writer's thread wants Python's lock, and have
+        nothing left to do when the data base works.
+        """
+        if self._untold:
+            with contextlib.suppress(RuntimeError):  # the loop has closed, and nobody waits
+                self._loop.call_soon_threadsafe(self._tell_some)
+
+    def _tell_some(self) -> None:
+        for _ in range(min(ANSWERED_AT_ONCE, len(self._untold))):
+            self._untold.popleft().party.one_is_answered()
+
+    def _tell_late(self) -> None:
+        """What is being written may be stuck, and those who wait have nothing to do with it."""
+        self._tell_some()
+        if self._untold:
+            self._telling = self._loop.call_later(0, self._tell_late)
+
+    async def _tell_rest(self) -> None:
+        if self._telling is not None:
+            self._telling.cancel()
+        while self._untold:
+            self._tell_some()
+            await asyncio.sleep(0)
 
     async def _commit_call(self, call: _Call) -> None:
         try:
@@ -251,10 +299,26 @@ def _refused(exc: Exception) -> LedgerError:
     return error
 
 
+def _tell(operation: batch.Operation, error: LedgerError) -> None:
+    operation.answer = error
+    operation.party.one_is_answered()
+
+
+@overload
+def _answer_of(operation: batch.Intent) -> Drawn | LedgerError: ...
+
+
+@overload
+def _answer_of(operation: batch.Shift) -> MoveResult | LedgerError: ...
+
+
+def _answer_of(operation: batch.Operation) -> Drawn | MoveResult | LedgerError:
+    assert operation.answer is not None
+    return operation.answer
+
+
 def _answer(future: asyncio.Future[Any], answer: Any) -> None:
-    if isinstance(answer, LedgerError):
-        _fail(future, answer)
-    elif not future.done():  # done: its caller was cancelled
+    if not future.done():  # done: its caller was cancelled
         future.set_result(answer)
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from prefect_webapi.contract.keys import (
     Base,
     Fingerprint,
     base_of,
+    canonical_json,
     fingerprint_of,
     fit_name,
     idempotent_base,
@@ -105,6 +107,16 @@ def test_bases_differ_by_run_task_and_fingerprint_and_by_who_named_them() -> Non
         idempotent_base("other"),
     ]
     assert len(set(bases)) == len(bases)
+
+
+@given(st.text(max_size=30), st.text(max_size=30))
+def test_a_base_is_the_hash_of_the_call_as_canonical_json(run: str, task: str) -> None:
+    """Another form would give calls of an earlier version new jobs."""
+    fingerprint = Fingerprint("0af1" * 16)
+    text = canonical_json([run, task, fingerprint])
+    assert (
+        base_of(run, task, fingerprint) == sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    )
 
 
 # --- fingerprints ----------------------------------------------------------------------------
