@@ -14,8 +14,11 @@ T = TypeVar("T", bound=Hashable)
 
 @dataclass(slots=True, eq=False)
 class _Line(Generic[T]):
-    """Those who don't wait for other lines: `free` places inside, and who is outside, first come first."""
+    """Those who don't wait for other lines. `free`: of the `places` inside, below 0 while more are in than may be;
+    `outside`: first come first.
+    """
 
+    places: int
     free: int
     outside: OrderedDict[T, None] = field(default_factory=OrderedDict[T, None])
     is_about_to_open: bool = False
@@ -68,7 +71,7 @@ class Lobby(Generic[T]):
     def enter_now(self, who: T) -> bool:
         """Come in past nobody, without being let in; False: others are before him, and he has not come at all."""
         line = self._line(self._line_of(who))
-        if line.outside or not line.free:
+        if line.outside or line.free <= 0:
             return False
         line.free -= 1
         return True
@@ -94,27 +97,35 @@ class Lobby(Generic[T]):
     def position(self, who: T) -> int:
         """Of the last of his line, those inside counted."""
         line = self._lines[self._line_of(who)]
-        return self._places - line.free + len(line.outside)
+        return line.places - line.free + len(line.outside)
+
+    def allow(self, who: T, places: int) -> None:
+        """So many of his line may be inside, until it is empty. He is inside."""
+        key = self._line_of(who)
+        line = self._lines[key]
+        line.free += places - line.places
+        line.places = places
+        self._open_soon(key, line)
 
     def _line(self, key: Hashable) -> _Line[T]:
         line = self._lines.get(key)
         if line is None:
-            line = self._lines[key] = _Line(self._places)
+            line = self._lines[key] = _Line(self._places, self._places)
         return line
 
     def _tidy(self, key: Hashable, line: _Line[T]) -> None:
-        if line.free == self._places and not line.outside:
+        if line.free == line.places and not line.outside:
             del self._lines[key]
 
     def _open_soon(self, key: Hashable, line: _Line[T]) -> None:
-        if line.outside and line.free and not line.is_about_to_open:
+        if line.outside and line.free > 0 and not line.is_about_to_open:
             line.is_about_to_open = True
             self._soon(lambda: self._open(key, line))
 
     def _open(self, key: Hashable, line: _Line[T]) -> None:
         line.is_about_to_open = False
         some = min(line.free, self._party, len(line.outside))
-        if not some:
+        if some <= 0:
             return
         line.free -= some
         coming = [line.outside.popitem(last=False)[0] for _ in range(some)]

@@ -96,10 +96,12 @@ READ_AT_ONCE = 200
 """Letters that are read before others get their turn of the loop."""
 COUNTED_AT_ONCE = 5_000
 """Jobs that are looked at before others get their turn of the loop; and so many a second at most."""
-COMING_IN, TOGETHER = 1_000, 100
+COMING_IN, COMING_BACK, TOGETHER = 400, 1_000, 100
 """Calls of a connection whose records are looked for at one time, and by one question: the loop is not held up by them
-for long, and has the next ones ready when the ledger has answered."""
-ENTERED_AT_ONCE = 100
+for long, and has the next ones ready when the ledger has answered. Who finds a job that was left behind needs no task,
+so that more of them may come.
+"""
+ENTERED_AT_ONCE = 50
 """Calls that are helped on their way before others get their turn of the loop."""
 TO_BE_SENT = 1_000
 """Jobs of a connection that wait with a task each for a permit, to be made or to be deleted; and of each set of quotas
@@ -518,19 +520,26 @@ class Runtime:
                 met = await self._meet(calls, is_over)
             except Exception as error:  # noqa: BLE001 - each meets it again by himself, and hears of it
                 logger.debug("%s calls enter one by one: %r", len(calls), error)
-            resumed: Channel | None = None
+            self._make_way(calls, met)
             async for call in in_portions(calls, ENTERED_AT_ONCE):
                 meeting = met.get(call)
                 if meeting is not None and self._resumes(call, meeting):
                     self._entrance.leave(call)
-                    resumed = meeting.channel
                 else:  # it begins before those that wait for the party
                     self._tasks.start_soon(self._enter, call, meeting)
-            if resumed is not None and self._entrance.is_crowded:
-                resumed.poller.ease()
         finally:
             self._parties.discard(is_over)
             is_over.set()
+
+    def _make_way(self, calls: Sequence[Call], met: Mapping[Call, _Meeting]) -> None:
+        """If most are back with their jobs, as after a restart, more may come in, and reads can wait for them."""
+        taken = [
+            each for each in met.values() if isinstance(each.drawn, Drawn) and each.drawn.taken
+        ]
+        are_back = 2 * len(taken) > len(calls)
+        self._entrance.allow(calls[0], COMING_BACK if are_back else COMING_IN)
+        if are_back and self._entrance.is_crowded:
+            taken[0].channel.poller.ease()
 
     async def _until_parties_are_over(self) -> None:
         for party in list(self._parties):

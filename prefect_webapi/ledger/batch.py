@@ -53,10 +53,12 @@ class Party:
         self._left = size
         self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-    def one_is_answered(self) -> None:
+    def one_is_answered(self) -> bool:
+        """Whether it was the last one, so that the caller goes on."""
         self._left -= 1
         if not self._left and not self.over.done():  # done: its caller was cancelled
             self.over.set_result(None)
+        return not self._left
 
 
 @dataclass(slots=True, eq=False)

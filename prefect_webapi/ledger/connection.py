@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
+import anyio
 import anyio.to_thread
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.exc import SQLAlchemyError
@@ -73,7 +74,7 @@ class OnThread:
         self._tell = tell
 
     async def run(self, work: Callable[[Connection], T]) -> T:
-        return await anyio.to_thread.run_sync(self._run, work)
+        return await anyio.to_thread.run_sync(self._run, work, limiter=_own_thread())
 
     def _run(self, work: Callable[[Connection], T]) -> T:
         with self._used:
@@ -83,7 +84,7 @@ class OnThread:
             return work(self._conn)
 
     async def close(self) -> None:
-        await anyio.to_thread.run_sync(self._close)
+        await anyio.to_thread.run_sync(self._close, limiter=_own_thread())
 
     def _close(self) -> None:
         with self._used:
@@ -91,6 +92,11 @@ class OnThread:
             if conn is not None:
                 with contextlib.suppress(SQLAlchemyError, OSError):
                     conn.close()
+
+
+def _own_thread() -> anyio.CapacityLimiter:
+    """None of those that authors' calls may all have taken."""
+    return anyio.CapacityLimiter(1)
 
 
 def _listen(conn: Connection | None, tell: Callable[[], None]) -> None:

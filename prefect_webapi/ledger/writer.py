@@ -32,9 +32,9 @@ __all__ = ["Writer"]
 T = TypeVar("T")
 
 MAX_BATCH = 500
-ANSWERED_AT_ONCE = MAX_BATCH // 4
-"""Answers that are given before others get their turn of the loop: each has its caller go on. A batch has the data base
-work three to five times.
+ANSWERED_AT_ONCE, WOKEN_AT_ONCE = MAX_BATCH // 4, 50
+"""Answers that are given, and callers that go on with theirs, before others get their turn of the loop. A batch has the
+data base work three to five times.
 """
 REPEATS = 7
 _FIRST_PAUSE_SECONDS = 0.05
@@ -224,8 +224,11 @@ class Writer:
                 self._loop.call_soon_threadsafe(self._tell_some)
 
     def _tell_some(self) -> None:
+        woken = 0
         for _ in range(min(ANSWERED_AT_ONCE, len(self._untold))):
-            self._untold.popleft().party.one_is_answered()
+            woken += self._untold.popleft().party.one_is_answered()
+            if woken == WOKEN_AT_ONCE:
+                return
 
     def _tell_late(self) -> None:
         """What is being written may be stuck, and those who wait have nothing to do with it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,6 +14,7 @@ from prefect_webapi import Phase, PluginEntry, StatusContext, TaskExecutionConte
 from prefect_webapi.contract.errors import EngineClosed
 from prefect_webapi.engine import runtime
 from prefect_webapi.engine.host import Host, Ticket
+from prefect_webapi.engine.lobby import Lobby
 from prefect_webapi.engine.runtime import Runtime
 from prefect_webapi.ledger.records import JobState
 from prefect_webapi.metrics import Metrics
@@ -68,6 +69,30 @@ async def test_a_connection_that_is_slow_to_come_holds_no_other_up(
 
 
 # --- jobs to be sent and ends ------------------------------------------------------------------
+
+
+def test_a_line_has_as_many_places_as_were_said_last() -> None:
+    inside, openings = list[int](), list[Callable[[], None]]()
+    lobby = Lobby[int](lambda _: "a line", 2, 10, inside.extend, openings.append)
+
+    def all_come_in_who_may() -> int:
+        while openings:
+            openings.pop()()
+        return len(inside)
+
+    for who in range(20):
+        lobby.come(who)
+    assert all_come_in_who_may() == 2
+    lobby.allow(0, 6)
+    assert all_come_in_who_may() == 6
+    lobby.allow(0, 3)
+    for who in range(3):
+        lobby.leave(who)
+        assert all_come_in_who_may() == 6
+    assert not lobby.enter_now(20)
+    lobby.leave(3)
+    assert all_come_in_who_may() == 7
+    assert lobby.position(19) == 3 + 13
 
 
 @pytest.fixture

@@ -169,7 +169,8 @@ async def test_little_is_read_while_a_crowd_is_taken_up(
     await left(tmp_path, job_server)
     all_succeed(job_server)
     monkeypatch.setattr(JobServerPlugin, "max_batch", 1)
-    monkeypatch.setattr("prefect_webapi.engine.runtime.COMING_IN", 5)
+    for places in ("COMING_IN", "COMING_BACK"):
+        monkeypatch.setattr(f"prefect_webapi.engine.runtime.{places}", 5)
     monkeypatch.setattr("prefect_webapi.poller.EASED_SECONDS", 60.0)
     monkeypatch.setattr("prefect_webapi.poller.EASED_GAP", 0.05)
     with at(tmp_path, job_server, sweeps=False) as host:

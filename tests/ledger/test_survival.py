@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import anyio.to_thread
 import pytest
 from sqlalchemy import Connection, create_engine, make_url, text
 from sqlalchemy.engine import RootTransaction
@@ -270,6 +271,19 @@ async def test_work_that_nobody_waits_for_any_more_has_the_connection_to_its_end
     goes_on.set()
     await closing
     assert found == [1]
+
+
+async def test_writes_do_not_wait_for_threads_that_others_have_taken(store: SqlStore) -> None:
+    """An author's calls may be stuck in all of them."""
+    threads = anyio.to_thread.current_default_thread_limiter()
+    takers = [object() for _ in range(int(threads.available_tokens))]
+    for taker in takers:
+        threads.acquire_on_behalf_of_nowait(taker)
+    try:
+        assert (await asyncio.wait_for(store.intent(draft_for()), 10)).made
+    finally:
+        for taker in takers:
+            threads.release_on_behalf_of(taker)
 
 
 async def test_readers_do_not_wait_for_writers(tmp_path: Path) -> None:
