@@ -77,6 +77,7 @@ class Writer:
         self._loop: asyncio.AbstractEventLoop
         self._untold: deque[batch.Operation] = deque()
         self._telling: asyncio.TimerHandle | None = None
+        self._is_called = False
 
     @property
     def statements(self) -> Statements:
@@ -219,11 +220,13 @@ class Writer:
         Who gets an answer goes on. They would otherwise do so when the writer's thread wants Python's lock, and have
         nothing left to do when the data base works.
         """
-        if self._untold:
+        if self._untold and not self._is_called:  # a loop that is busy would wake all at once
+            self._is_called = True
             with contextlib.suppress(RuntimeError):  # the loop has closed, and nobody waits
                 self._loop.call_soon_threadsafe(self._tell_some)
 
     def _tell_some(self) -> None:
+        self._is_called = False
         woken = 0
         for _ in range(min(ANSWERED_AT_ONCE, len(self._untold))):
             woken += self._untold.popleft().party.one_is_answered()
