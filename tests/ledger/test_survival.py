@@ -286,6 +286,31 @@ async def test_writes_do_not_wait_for_threads_that_others_have_taken(store: SqlS
             threads.release_on_behalf_of(taker)
 
 
+async def test_who_is_written_down_does_not_wait_for_what_is_stuck(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, runs, goes_on = batch.run, list[int](), threading.Event()
+
+    def run_stuck(*arguments: Any, **options: Any) -> None:
+        runs.append(len(arguments[3]))
+        if len(runs) == 2:
+            goes_on.wait(20)
+        run(*arguments, **options)
+
+    monkeypatch.setattr(batch, "run", run_stuck)
+    monkeypatch.setattr("prefect_webapi.ledger.writer.MAX_BATCH", 3)
+    monkeypatch.setattr("prefect_webapi.ledger.writer.ANSWERED_AT_ONCE", 1)
+    async with another_store(sqlite_url(tmp_path / "ledger.db")) as store:
+        *first, stuck = (asyncio.ensure_future(store.intent(draft_for(f"{n}"))) for n in range(4))
+        try:
+            await asyncio.wait_for(asyncio.gather(*first), 10)
+            assert not stuck.done()
+        finally:
+            goes_on.set()
+        assert (await stuck).made
+    assert runs == [3, 1]
+
+
 async def test_readers_do_not_wait_for_writers(tmp_path: Path) -> None:
     path = tmp_path / "ledger.db"
     async with another_store(sqlite_url(path)) as store:
