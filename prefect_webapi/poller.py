@@ -313,9 +313,11 @@ class Poller:
         if not self._heap:
             return None
         due, now = self._heap[0].due, self._clock.monotonic()
-        if now < self._eased_until:
-            due = max(due, self._next_eased)
-        return due - now
+        return max(due, self._barred_until(now)) - now
+
+    def _barred_until(self, now: float) -> float:
+        """Nothing is read before, whatever is due."""
+        return self._next_eased if now < self._eased_until else now
 
     def _take(self, slack: float = 0.0) -> list[Watched]:
         """The next jobs to read together: due ones, and to fill a batch those that are nearly due.
@@ -325,10 +327,9 @@ class Poller:
         """
         batch: list[Watched] = []
         now = self._clock.monotonic()
-        if now < self._eased_until:
-            if now < self._next_eased:
-                return batch
-            self._next_eased = now + EASED_GAP
+        if now < self._barred_until(now):
+            return batch
+        self._next_eased = now + EASED_GAP
         while self._heap and len(batch) < self.policy.max_batch:
             watched = self._heap[0]
             early = 0.0 if watched.is_exact else watched.gap * (BATCH_SLACK if batch else slack)

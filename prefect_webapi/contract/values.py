@@ -14,6 +14,6 @@ T = TypeVar("T")
 def value_class(cls: type[T]) -> type[T]:
     """A data class with slots, made by keywords. That nobody changes its values is the type checker's business.
 
-    One that Python itself freezes is made field by field past its own `__setattr__`, which takes four times as long.
+    One that Python itself freezes is made field by field past its own `__setattr__`, which takes several times as long.
     """
     return dataclass(slots=True, kw_only=True, unsafe_hash=True)(cls)

@@ -92,14 +92,16 @@ class Backend:
             pool_pre_ping=True,
         )
 
-    def make_writing_connection(self, engine: AsyncEngine) -> WritingConnection:
+    def make_writing_connection(
+        self, engine: AsyncEngine, on_work: Callable[[], None]
+    ) -> WritingConnection:
         """The connection for the writer of the loop that has this engine."""
         if self.dialect != "sqlite":
-            return OnLoop(engine)
+            return OnLoop(engine, on_work)
         url = self._url.set(drivername="sqlite+pysqlite")
         own = create_engine(url, poolclass=NullPool, **_SQLITE_OPTIONS)
         _set_up_sqlite(own, _prepare_sqlite)
-        return OnThread(own)
+        return OnThread(own, on_work)
 
     def _read_only_url(self) -> URL:
         if self.path is None:
@@ -296,11 +298,7 @@ def _mounts() -> str:
 
 
 _SQLITE_OPTIONS: Mapping[str, Any] = {
-    "connect_args": {
-        "isolation_level": None,
-        "timeout": BUSY_SECONDS,
-        "check_same_thread": False,
-    },
+    "connect_args": {"isolation_level": None, "timeout": BUSY_SECONDS},
     "hide_parameters": True,
 }
 

@@ -1,9 +1,10 @@
-"""One transaction of the ledger's writer: many intents and moves, at most ten statements.
+"""One transaction of the ledger's writer: many intents and moves, some ten statements.
 
 Each statement is a set statement over one JSON parameter: the number of statements is what a
-transaction costs, not the number of rows. What was asked is answered in order of arrival. An answer
-such as "lost" or "full" is no error. Locks are taken in one order by all processes: groups, claims
-and jobs, quotas.
+transaction costs, not the number of rows. Jobs of dead processes take one for each flow run that
+takes them over, and each state and fence that they were left with. What was asked is answered in
+order of arrival. An answer such as "lost" or "full" is no error. Locks are taken in one order by all
+processes: groups, claims and jobs, quotas.
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ import threading
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
-import anyio
 import anyio.to_thread
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.exc import SQLAlchemyError
@@ -19,11 +18,10 @@ T = TypeVar("T")
 
 
 class WritingConnection(Protocol):
-    """One connection, opened when it is needed; for one piece of work at a time."""
+    """One connection, opened when it is needed; for one piece of work at a time.
 
-    def on_work(self, tell: Callable[[], None]) -> None:
-        """Have `tell` called each time when the data base is about to work: in the thread that waits for it."""
-        ...
+    Each is made with `on_work`: called when the data base is about to work, in the thread that waits for it.
+    """
 
     async def run(self, work: Callable[[Connection], T]) -> T:
         """Do it, and raise what connecting or the work raises."""
@@ -37,18 +35,15 @@ class WritingConnection(Protocol):
 class OnLoop:
     """To a server: the driver waits for it on the loop."""
 
-    def __init__(self, engine: AsyncEngine) -> None:
+    def __init__(self, engine: AsyncEngine, on_work: Callable[[], None]) -> None:
         self._engine = engine
+        self._on_work = on_work
         self._conn: AsyncConnection | None = None
-        self._tell: Callable[[], None] = _nothing
-
-    def on_work(self, tell: Callable[[], None]) -> None:
-        self._tell = tell
 
     async def run(self, work: Callable[[Connection], T]) -> T:
         if self._conn is None:
             self._conn = await self._engine.connect()
-            _listen(self._conn.sync_connection, self._tell)
+            _listen(self._conn.sync_connection, self._on_work)
         return await self._conn.run_sync(work)
 
     async def close(self) -> None:
@@ -64,14 +59,11 @@ class OnThread:
     Each step of each statement would be one otherwise, and what is made of the rows would keep the loop.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, on_work: Callable[[], None]) -> None:
         self._engine = engine
+        self._on_work = on_work
         self._conn: Connection | None = None
-        self._tell: Callable[[], None] = _nothing
         self._used = threading.Lock()  # a wait that is cancelled leaves its work behind
-
-    def on_work(self, tell: Callable[[], None]) -> None:
-        self._tell = tell
 
     async def run(self, work: Callable[[Connection], T]) -> T:
         return await anyio.to_thread.run_sync(self._run, work, limiter=_own_thread())
@@ -80,7 +72,7 @@ class OnThread:
         with self._used:
             if self._conn is None:
                 self._conn = self._engine.connect()
-                _listen(self._conn, self._tell)
+                _listen(self._conn, self._on_work)
             return work(self._conn)
 
     async def close(self) -> None:
@@ -99,10 +91,6 @@ def _own_thread() -> anyio.CapacityLimiter:
     return anyio.CapacityLimiter(1)
 
 
-def _listen(conn: Connection | None, tell: Callable[[], None]) -> None:
+def _listen(conn: Connection | None, on_work: Callable[[], None]) -> None:
     for happens in ("before_cursor_execute", "commit"):
-        event.listen(conn, happens, lambda *_: tell())
-
-
-def _nothing() -> None:
-    pass
+        event.listen(conn, happens, lambda *_: on_work())

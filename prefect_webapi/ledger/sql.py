@@ -91,8 +91,7 @@ class SqlStore(SqlReader):
 
     def __init__(self, url: str, *, clock: Clock) -> None:
         super().__init__(url, clock=clock)
-        connection = self._backend.make_writing_connection(self._engine)
-        self._writer = Writer(self._backend, connection, self._reader, clock)
+        self._writer = Writer(self._backend, self._engine, self._reader, clock)
 
     async def open(self) -> None:
         await asyncio.to_thread(

@@ -70,10 +70,6 @@ class Statements:
         kept = ("runtime", "flow_run", "root_run", "task_run", "handle", "cancel_reason")
         kept += ("counted", "failed", "details")
         keep = ", ".join(f"{name} = coalesce(v.{name}, webapi_job.{name})" for name in kept)
-        as_expected = (
-            " WHERE webapi_job.key = v.key AND webapi_job.state = v.was"
-            " AND webapi_job.fence = v.had RETURNING webapi_job.key"
-        )
         claim = {"base": "text", "task_run": "text", "nth": "int"}
 
         self.lock_groups = None
@@ -118,7 +114,8 @@ class Statements:
         )
         self.update_jobs = text(
             "UPDATE webapi_job SET state = v.state, fence = v.fence, updated_at = v.updated_at,"
-            f" {keep} FROM {values(**_SHIFT)}{as_expected}"
+            f" {keep} FROM {values(**_SHIFT)} WHERE webapi_job.key = v.key"
+            " AND webapi_job.state = v.was AND webapi_job.fence = v.had RETURNING webapi_job.key"
         )
         # Of one process mostly: what its jobs have in common is said once.
         self.take_jobs = text(

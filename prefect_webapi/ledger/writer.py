@@ -16,13 +16,13 @@ from typing import Any, TypeAlias, TypeVar, overload
 import anyio
 from sqlalchemy import Connection
 from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from prefect_webapi.clock import Clock
 from prefect_webapi.contract.errors import LedgerError, LedgerUnavailable
 from prefect_webapi.contract.keys import canonical_json
 from prefect_webapi.ledger import batch
 from prefect_webapi.ledger.backend import Backend, Trouble, copied
-from prefect_webapi.ledger.connection import WritingConnection
 from prefect_webapi.ledger.records import Draft, Drawn, Move, MoveResult
 from prefect_webapi.ledger.rows import RecordReader
 from prefect_webapi.ledger.statements import Statements
@@ -58,14 +58,10 @@ class Writer:
     """Owns the queue, the task that empties it, and the connection that writes."""
 
     def __init__(
-        self,
-        backend: Backend,
-        connection: WritingConnection,
-        reader: RecordReader,
-        clock: Clock,
+        self, backend: Backend, engine: AsyncEngine, reader: RecordReader, clock: Clock
     ) -> None:
         self._backend = backend
-        self._connection = connection
+        self._connection = backend.make_writing_connection(engine, self._on_work)
         self._reader = reader
         self._clock = clock
         self._statements = Statements(backend.dialect)
@@ -87,7 +83,6 @@ class Writer:
         # A task group would tie open and close to one task. The owner is the store: it awaits this
         # task in aclose().
         self._loop = asyncio.get_running_loop()
-        self._connection.on_work(self._on_work)
         self._task = self._loop.create_task(self._run(), name="webapi-ledger-writer")
 
     async def aclose(self) -> None:

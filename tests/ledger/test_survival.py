@@ -252,7 +252,7 @@ async def test_a_lock_of_another_program_is_waited_for(tmp_path: Path) -> None:
 async def test_work_that_nobody_waits_for_any_more_has_the_connection_to_its_end(
     tmp_path: Path,
 ) -> None:
-    connection = OnThread(create_engine(sqlite_url(tmp_path / "ledger.db")))
+    connection = OnThread(create_engine(sqlite_url(tmp_path / "ledger.db")), lambda: None)
     begun, goes_on, found = threading.Event(), threading.Event(), list[int]()
 
     def work(conn: Connection) -> None:
