@@ -86,7 +86,7 @@ class WebApiSettings(EngineFields, PrefectBaseSettings):
         default=1.0, ge=0.05, le=60, description="Seconds between two looks for a cancellation."
     )
     gc_threshold: int = Field(
-        default=5_000,
+        default=50_000,
         ge=0,
         le=1_000_000,
         description="Objects that are made before Python's garbage collector looks at them; 0 leaves Python's own.",

@@ -31,7 +31,7 @@ def test_defaults_hold_where_nothing_is_set() -> None:
     assert settings.disabled_plugins == frozenset()
     assert settings.state_events_per_second == 20
     assert settings.watch_cancel_seconds == 1
-    assert settings.gc_threshold == 5000
+    assert settings.gc_threshold == 50_000
     assert settings.metrics_port is None
     assert settings.overrides() == {}
 

@@ -280,7 +280,12 @@ class Job:
 
     @property
     def is_awaited(self) -> bool:
-        return self.is_swept or any(call.is_waiting for call in self.calls)
+        if self.is_swept:
+            return True
+        for call in self.calls:  # noqa: SIM110 - mostly one, and a generator takes longer than it
+            if call.is_waiting:
+                return True
+        return False
 
     @property
     def takes_callers(self) -> bool:

@@ -27,7 +27,8 @@ from prefect_webapi.contract.keys import (
 )
 from prefect_webapi.ledger.records import Draft, Drawn, JobState, Move, MoveResult, Record
 from prefect_webapi.ledger.rows import (
-    COLUMNS,
+    JobRow,
+    Owner,
     RecordReader,
     has_failed,
     micros,
@@ -39,7 +40,7 @@ from prefect_webapi.ledger.statements import Statements, json_rows
 
 __all__ = ["Intent", "Operation", "Party", "Shift", "run"]
 
-Rows: TypeAlias = Sequence[Row[Any]]
+Rows: TypeAlias = Sequence[Row[*tuple[Any, ...]]]
 
 _OVER = frozenset(state for state in JobState if state.is_over)
 _ALIVE = frozenset(JobState) - _OVER
@@ -169,7 +170,7 @@ def _draw(
         _apply(conn, sql.lock_groups, ({"base": base} for base in bases))
     ordinals, newest = _places(conn, sql, intents)
     made: dict[JobKey, Record] = {}
-    left: dict[JobKey, tuple[Row[Any], dict[str, Any]]] = {}
+    left: dict[JobKey, tuple[JobRow, Owner]] = {}
     for intent in intents:
         draft, place = intent.draft, (intent.draft.base, ordinals[intent])
         found = newest.get(place)
@@ -180,66 +181,60 @@ def _draw(
         elif isinstance(found, Record):
             intent.answer = Drawn(found, made=False)
         else:
-            taken = _taken_by(draft, found) if _inherits(draft, found) else None
+            heir = _owner_of(draft) if _inherits(draft, found) else None
             try:
-                newest[place] = record = reader.read(_columns_of(found), taken)
+                newest[place] = record = reader.read(found, heir)
             except LedgerError as exc:
                 intent.answer = exc
                 continue
             made_it = repeated and _was_made_for(draft, record)
-            intent.answer = Drawn(record, made=made_it, taken=taken is not None)
-            if taken is not None:
-                left[record.key] = found, taken
+            intent.answer = Drawn(record, made=made_it, taken=heir is not None)
+            if heir is not None:
+                left[record.key] = found, heir
     if made:
         _apply(conn, sql.insert_jobs, map(row_of, made.values()))
     if left:
         lost = _take_over(conn, sql, left)
         for intent in intents:  # also the second one that asked for the same job
             if isinstance(intent.answer, Drawn) and intent.answer.record.key in lost:
-                row = _columns_of(lost[intent.answer.record.key])
+                row = lost[intent.answer.record.key]
                 intent.answer = Drawn(reader.read(row), made=False)
 
 
-def _is_done_with(newest: Row[Any] | Record, draft: Draft) -> bool:
+def _is_done_with(newest: JobRow | Record, draft: Draft) -> bool:
     """Whether a new attempt is due: the newest one is over, and its result can't be handed out."""
     if newest.state not in _OVER:
         return False
     was_delivered = newest.state != JobState.OVER
-    failed = has_failed(newest.details) if isinstance(newest, Record) else newest.failed
+    failed = newest.failed if isinstance(newest, JobRow) else has_failed(newest.details)
     if failed:
         return was_delivered or draft.is_retry
     return was_delivered and not draft.reuse_results
 
 
-def _inherits(draft: Draft, found: Row[Any]) -> bool:
+def _inherits(draft: Draft, found: JobRow) -> bool:
     if found.state not in _ALIVE or found.runtime not in draft.heir_of:
         return False
     return found.fingerprint == draft.fingerprint  # else the call has no right to it
 
 
-def _taken_by(draft: Draft, found: Row[Any]) -> dict[str, Any]:
-    return {
-        "fence": found.fence + 1,
-        "runtime": draft.runtime,
-        "flow_run": draft.flow_run,
-        "root_run": draft.root_run,
-        "task_run": draft.owner_task_run,
-    }
+def _owner_of(draft: Draft) -> Owner:
+    return Owner(draft.runtime, draft.flow_run, draft.root_run, draft.owner_task_run)
 
 
 def _take_over(
-    conn: Connection, sql: Statements, left: Mapping[JobKey, tuple[Row[Any], dict[str, Any]]]
-) -> Mapping[JobKey, Row[Any]]:
+    conn: Connection, sql: Statements, left: Mapping[JobKey, tuple[JobRow, Owner]]
+) -> Mapping[JobKey, JobRow]:
     """Give jobs that were left behind to those who ask. Which were lost to others, as they were before."""
     groups: dict[tuple[Any, ...], list[dict[str, str]]] = defaultdict(list)
-    for key, (row, taken) in sorted(left.items()):  # all processes lock in one order
-        of_all = row.state, row.fence, taken["runtime"], taken["flow_run"], taken["root_run"]
-        groups[of_all].append({"key": key, "task_run": taken["task_run"]})
+    for key, (row, heir) in sorted(left.items()):  # all processes lock in one order
+        of_all = row.state, row.fence, heir.runtime, heir.flow_run, heir.root_run
+        groups[of_all].append({"key": key, "task_run": heir.task_run})
     changed: set[str] = set()
     for of_all, wanted in groups.items():
         names = ("was", "had", "runtime", "flow_run", "root_run")
         values = json_rows(wanted) | dict(zip(names, of_all, strict=True))
-        changed.update(conn.execute(sql.take_jobs, values).scalars())
+        changed.update(conn.execute(sql.take_jobs, values).scalars().all())
     return {key: row for key, (row, _) in left.items() if key not in changed}
 
 
@@ -280,20 +275,21 @@ def _new_record(draft: Draft, ordinal: int, attempt: int) -> Record:
 
 def _places(
     conn: Connection, sql: Statements, intents: list[Intent]
-) -> tuple[dict[Intent, int], dict[tuple[str, int], Row[Any] | Record]]:
+) -> tuple[dict[Intent, int], dict[tuple[str, int], JobRow | Record]]:
     """The ordinal of each intent: its own claim's, or the lowest that no visible claim has; and the newest record of
     each place, if it has any.
     """
     ordinals = {i: 0 for i in intents if i.draft.pinned}
     asked = [(i, _claim_of(i.draft)) for i in intents if not i.draft.pinned]
     known: dict[tuple[str, str, int], int] = {}
-    newest: dict[tuple[str, int], Row[Any] | Record] = {}
+    newest: dict[tuple[str, int], JobRow | Record] = {}
     if asked:
         wanted = ({"base": base, "task_run": run, "nth": nth} for _, (base, run, nth) in asked)
         for row in _fetch(conn, sql.own_records, wanted):
-            known[row.claim_base, row.claim_task_run, row.claim_nth] = row.claim_ordinal
-            if row.key is not None:
-                newest[row.claim_base, row.claim_ordinal] = row
+            (base, run, nth, ordinal), columns = row[:4], row[4:]
+            known[base, run, nth] = ordinal
+            if columns[0] is not None:  # a claim without a job
+                newest[base, ordinal] = JobRow._make(columns)
         if fresh := [(i, claim) for i, claim in asked if claim not in known]:
             known |= _draw_claims(conn, sql, fresh)
             ordinals |= {i: known[claim] for i, claim in fresh}
@@ -301,7 +297,7 @@ def _places(
         places = {
             (i.draft.base, n): {"base": i.draft.base, "ordinal": n} for i, n in ordinals.items()
         }
-        for row in _fetch(conn, sql.records, places.values()):
+        for row in map(JobRow._make, _fetch(conn, sql.records, places.values())):
             newest[row.base, row.ordinal] = row
     return {i: known[claim] for i, claim in asked} | ordinals, newest
 
@@ -324,11 +320,6 @@ def _draw_claims(
         claims.append(row | {"execution": draft.execution, "levels": intent.levels})
     _apply(conn, sql.insert_claims, claims)
     return drawn
-
-
-def _columns_of(row: Row[Any]) -> Sequence[Any]:
-    """Of a job's row, its claim's left out."""
-    return row[: len(COLUMNS)]
 
 
 def _claim_of(draft: Draft) -> tuple[str, str, int]:
@@ -393,7 +384,8 @@ def _shift(conn: Connection, sql: Statements, shifts: list[Shift], repeated: boo
         due = _admit(conn, sql, due, rows)
     if not due:
         return
-    changed = {row.key for row in _fetch(conn, sql.update_jobs, (shift.columns for shift in due))}
+    values = json_rows(shift.columns for shift in due)
+    changed = set(conn.execute(sql.update_jobs, values).scalars().all())
     for shift in due:
         done = shift.move.old.key in changed
         shift.answer = MoveResult.OK if done else MoveResult.LOST

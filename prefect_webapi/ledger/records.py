@@ -7,7 +7,6 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import Enum, StrEnum
-from itertools import chain
 from typing import Annotated, Any, overload
 
 from pydantic import BeforeValidator, GetCoreSchemaHandler, TypeAdapter
@@ -123,8 +122,10 @@ class Steps(Sequence[Step]):
     __slots__ = ("_flat",)
 
     def __init__(self, steps: Iterable[Step] = ()) -> None:
-        parts = [(step.name, step.at, step.reason) for step in steps]
-        self._flat: tuple[Any, ...] = tuple(chain.from_iterable(parts))
+        flat: list[Any] = []
+        for step in steps:
+            flat += (step.name, step.at, step.reason)
+        self._flat: tuple[Any, ...] = tuple(flat)
 
     def then(self, name: str, at: datetime, reason: str = "") -> Steps:
         """With one more. A phase that repeats is not a new step, and of a long history the middle is left out."""

@@ -4,26 +4,61 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
 from prefect_webapi.contract.errors import LedgerError, LedgerFormatTooNew
 from prefect_webapi.contract.keys import Base, Fingerprint, JobKey
 from prefect_webapi.contract.phase import Phase
-from prefect_webapi.ledger import schema
 from prefect_webapi.ledger.records import FORMAT, Details, JobState, Record
 
-__all__ = ["COLUMNS", "RecordReader", "from_micros", "has_failed", "micros", "names_of"]
+__all__ = ["JobRow", "Owner", "RecordReader", "from_micros", "has_failed", "micros", "names_of"]
 __all__ += ["names_text", "plain_text", "row_of"]
 
 logger = logging.getLogger(__name__)
 
-COLUMNS = tuple(schema.job.columns.keys())
-"""Of a job's row, in the order in which it is read."""
+
+class JobRow(NamedTuple):
+    """A job's row: the columns of its table, in their order, as they are stored."""
+
+    key: str
+    base: str
+    ordinal: int
+    attempt: int
+    state: str
+    fence: int
+    runtime: str
+    plugin: str
+    task_type: str
+    connection: str
+    fingerprint: str
+    quotas: str
+    weight: int
+    counted: int
+    failed: int
+    handle: str | None
+    cancel_reason: str | None
+    flow_run: str
+    root_run: str
+    task_run: str
+    deadline: int | None
+    created_at: int
+    updated_at: int
+    details: str
+
+
+class Owner(NamedTuple):
+    """Who drives a job, and the runs that it belongs to."""
+
+    runtime: str
+    flow_run: str
+    root_run: str
+    task_run: str
+
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
@@ -95,25 +130,24 @@ class RecordReader:
         self._address = address
         self._logged: set[str] = set()
 
-    def read(self, row: Sequence[Any], changes: Mapping[str, Any] | None = None) -> Record:
-        """The record of a row of `COLUMNS`; with `changes`, as it will be once these have other values.
+    def read(self, row: Sequence[Any], heir: Owner | None = None) -> Record:
+        """The record of a job's row; with `heir`, as it will be once that one has taken it over.
 
         Raises:
             LedgerFormatTooNew: a newer version of the package wrote it.
             LedgerError: it is corrupt.
         """
-        stored = dict(zip(COLUMNS, row, strict=True))
-        stored.update(changes or {})
+        job = JobRow._make(row)
         try:
-            details = Details.from_json(stored["details"])
+            details = Details.from_json(job.details)
             if details.format > FORMAT:
-                raise self._too_new(stored["key"], details.format)
-            return _record(stored, details)
+                raise self._too_new(job.key, details.format)
+            return _record(job, details, heir)
         except (ValidationError, ValueError, TypeError, OverflowError) as exc:
-            newer = _format_of(stored["details"])
+            newer = _format_of(job.details)
             if newer > FORMAT:
-                raise self._too_new(stored["key"], newer) from exc
-            raise self._corrupt(stored["key"], exc) from exc
+                raise self._too_new(job.key, newer) from exc
+            raise self._corrupt(job.key, exc) from exc
 
     def read_all(self, rows: Iterable[Sequence[Any]]) -> list[Record]:
         """The records that can be read; the others are logged and left out."""
@@ -165,30 +199,30 @@ def _format_of(details: Any) -> int:
     return found if isinstance(found, int) else 0
 
 
-def _record(stored: Mapping[str, Any], details: Details) -> Record:
-    deadline = stored["deadline"]
+def _record(row: JobRow, details: Details, heir: Owner | None) -> Record:
+    owner, fence = (row, row.fence) if heir is None else (heir, row.fence + 1)
     return Record(
-        key=JobKey(stored["key"]),
-        base=Base(stored["base"]),
-        ordinal=stored["ordinal"],
-        attempt=stored["attempt"],
-        state=JobState(stored["state"]),
-        fence=stored["fence"],
-        runtime=stored["runtime"],
-        plugin=stored["plugin"],
-        task_type=stored["task_type"],
-        connection=stored["connection"],
-        fingerprint=Fingerprint(stored["fingerprint"]),
-        quotas=names_of(stored["quotas"]),
-        weight=stored["weight"],
-        counted=bool(stored["counted"]),
-        handle=stored["handle"],
-        cancel_reason=stored["cancel_reason"],
-        flow_run=stored["flow_run"],
-        root_run=stored["root_run"],
-        task_run=stored["task_run"],
-        deadline=None if deadline is None else from_micros(deadline),
-        created_at=from_micros(stored["created_at"]),
-        updated_at=from_micros(stored["updated_at"]),
+        key=JobKey(row.key),
+        base=Base(row.base),
+        ordinal=row.ordinal,
+        attempt=row.attempt,
+        state=JobState(row.state),
+        fence=fence,
+        runtime=owner.runtime,
+        plugin=row.plugin,
+        task_type=row.task_type,
+        connection=row.connection,
+        fingerprint=Fingerprint(row.fingerprint),
+        quotas=names_of(row.quotas),
+        weight=row.weight,
+        counted=bool(row.counted),
+        handle=row.handle,
+        cancel_reason=row.cancel_reason,
+        flow_run=owner.flow_run,
+        root_run=owner.root_run,
+        task_run=owner.task_run,
+        deadline=None if row.deadline is None else from_micros(row.deadline),
+        created_at=from_micros(row.created_at),
+        updated_at=from_micros(row.updated_at),
         details=details,
     )

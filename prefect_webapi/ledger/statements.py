@@ -12,7 +12,7 @@ from typing import Any
 from pydantic_core import to_json
 from sqlalchemy import text
 
-from prefect_webapi.ledger.rows import COLUMNS
+from prefect_webapi.ledger.rows import JobRow
 
 __all__ = ["Statements", "json_rows"]
 
@@ -78,10 +78,9 @@ class Statements:
                 f"INSERT INTO webapi_group (base, draws) SELECT base, 1 FROM {values(base='text')}"
                 " ORDER BY base ON CONFLICT (base) DO UPDATE SET draws = webapi_group.draws + 1"
             )
-        columns = ", ".join(f"j.{name}" for name in COLUMNS)
+        columns = ", ".join(f"j.{name}" for name in JobRow._fields)
         self.own_records = text(
-            f"SELECT {columns}, c.base AS claim_base, c.task_run AS claim_task_run, c.nth AS claim_nth,"
-            f" c.ordinal AS claim_ordinal FROM {values(**claim)}"
+            f"SELECT c.base, c.task_run, c.nth, c.ordinal, {columns} FROM {values(**claim)}"
             " JOIN webapi_claim c ON c.base = v.base AND c.task_run = v.task_run AND c.nth = v.nth"
             " LEFT JOIN webapi_job j ON j.base = c.base AND j.ordinal = c.ordinal ORDER BY j.attempt"
         )

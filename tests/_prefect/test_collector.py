@@ -56,4 +56,4 @@ def test_the_engine_of_a_flow_has_it_so(job_server: EmbeddedJobServer) -> None:
         run(seconds=0)
         return gc.get_threshold()
 
-    assert reports() == (5_000, 10, 10)
+    assert reports() == (50_000, 10, 10)

@@ -28,6 +28,7 @@ from prefect_webapi.ledger import schema
 from prefect_webapi.ledger.backend import Backend
 from prefect_webapi.ledger.reader import SqlReader
 from prefect_webapi.ledger.records import JobState, QuotaRow
+from prefect_webapi.ledger.rows import JobRow
 from prefect_webapi.ledger.sql import SqlStore
 from tests.ledger.migrating import REVISIONS, bring_to, revision_of
 from tests.ledger.processes import ROOT
@@ -199,3 +200,7 @@ async def test_each_of_many_that_read_at_once_gets_an_error_of_its_own(ledger_ur
     assert [type(error) for error in errors] == [LedgerUnavailable] * 3
     assert len({id(error) for error in errors}) == 3
     assert len({str(error) for error in errors}) == 1
+
+
+def test_a_row_has_the_columns_of_its_table() -> None:
+    assert list(JobRow._fields) == schema.job.columns.keys()
