@@ -1,4 +1,4 @@
-"""The only module that knows httpx: clients are built here, and answers become our errors here.
+"""The only module beside `transport` that knows httpx: requests are built here, and answers become our errors here.
 
 No httpx exception crosses this border, no error text holds a secret, a header or a request body, and what a lost
 connection proves about a create is decided here once (`job_may_exist`).
@@ -6,7 +6,6 @@ connection proves about a create is decided here once (`job_may_exist`).
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import binascii
 import ipaddress
@@ -16,13 +15,12 @@ import re
 import socket
 import ssl
 import time
-from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
-from functools import lru_cache
+from functools import partial
 from http import HTTPStatus
 from importlib import metadata
 from typing import Any, Literal, TypeVar, cast
@@ -46,6 +44,7 @@ from prefect_webapi.contract.errors import (
 )
 from prefect_webapi.contract.secrecy import Mask, looks_secret, mask_url
 from prefect_webapi.tracing import request_span
+from prefect_webapi.transport import Transports, connection
 
 __all__ = [
     "ANSWER_TOO_LARGE",
@@ -75,8 +74,6 @@ MESSAGE_CHARACTERS = 800
 CONNECT_SECONDS = 10.0
 """Shorter than the engine's own time-outs: a connect that hangs is then known to have sent nothing."""
 POOL_SECONDS = 20.0
-KEEPALIVE_SECONDS = 4.0
-"""Below the 5 s after which many servers close: a request on a connection just closed has an unknown outcome."""
 
 _ALWAYS_SENT = {
     "Accept": "*/*",
@@ -92,12 +89,6 @@ _NOTHING_SENT = (
     socket.gaierror,
     ssl.SSLCertVerificationError,
 )
-
-
-@lru_cache(maxsize=1)
-def _trusted() -> ssl.SSLContext:
-    """The certificates that are trusted; reading them takes longer than many a request."""
-    return httpx.create_ssl_context()
 
 
 def path(*segments: object) -> str:
@@ -233,11 +224,14 @@ class RemoteClient:
             longest, connect=min(longest, CONNECT_SECONDS), pool=min(longest, POOL_SECONDS)
         )
         self._extensions = {"timeout": timeout.as_dict()}
-        self._transport = transport
-        self._proxy = None if transport else _proxy_to(base_url)
         self._cookies = httpx.Cookies()
-        most = None if transport else max_connections
-        self._transports = _Transports(self._make, most, min(longest, POOL_SECONDS))
+        if transport is not None:
+            self._transports = Transports(lambda: transport)
+        else:
+            make = partial(connection, base_url, _proxy_to(base_url))
+            self._transports = Transports(
+                make, most=max_connections, patience=min(longest, POOL_SECONDS)
+            )
         self._is_closed = False
 
     def __repr__(self) -> str:
@@ -436,77 +430,6 @@ class RemoteClient:
         if self._is_closed:
             raise RemoteSystemError("the client is closed", code="Closed", job_may_exist=False)
         return await self._transports.take()
-
-    def _make(self) -> httpx.AsyncBaseTransport:
-        return self._transport or httpx.AsyncHTTPTransport(
-            verify=_trusted() if self._base_url.startswith("https:") else False,
-            limits=httpx.Limits(
-                max_connections=1,
-                max_keepalive_connections=1,
-                keepalive_expiry=KEEPALIVE_SECONDS,
-            ),
-            proxy=self._proxy,
-        )
-
-
-class _Transports:
-    """httpx transports with a connection each; the one that was used last is taken first.
-
-    A pool of httpx looks through all of its connections, and asks the idle ones whether they still are, at each
-    request and at each answer: the more it has, the more CPU a request takes (`benchmarks.transport`).
-
-    Args:
-        most: so many at once; None: one for all, which sees to its connections itself.
-        patience: seconds to wait for one.
-    """
-
-    def __init__(
-        self, make: Callable[[], httpx.AsyncBaseTransport], most: int | None, patience: float
-    ) -> None:
-        self._make = make
-        self._patience = patience
-        self._places = None if most is None else asyncio.Semaphore(most)
-        self._all: set[httpx.AsyncBaseTransport] = set()
-        self._idle: deque[tuple[httpx.AsyncBaseTransport, float]] = deque()
-
-    async def take(self) -> httpx.AsyncBaseTransport:
-        """One for a request, to be given back.
-
-        Raises:
-            httpx.PoolTimeout: all were busy for too long.
-        """
-        if self._places is None:
-            return next(iter(self._all), None) or self._new()
-        while self._idle and time.monotonic() - self._idle[0][1] > KEEPALIVE_SECONDS:
-            transport, _ = self._idle.popleft()
-            self._all.discard(transport)
-            await transport.aclose()
-        try:
-            async with asyncio.timeout(self._patience if self._places.locked() else None):
-                await self._places.acquire()
-        except TimeoutError:
-            raise httpx.PoolTimeout(f"no connection was free for {self._patience:g} s") from None
-        if self._idle:
-            return self._idle.pop()[0]
-        try:
-            return self._new()
-        except BaseException:
-            self._places.release()
-            raise
-
-    def give(self, transport: httpx.AsyncBaseTransport) -> None:
-        if self._places is not None:
-            self._idle.append((transport, time.monotonic()))
-            self._places.release()
-
-    def _new(self) -> httpx.AsyncBaseTransport:
-        transport = self._make()
-        self._all.add(transport)
-        return transport
-
-    async def aclose(self) -> None:
-        for transport in list(self._all):
-            await transport.aclose()
 
 
 def _proxy_to(url: str) -> httpx.Proxy | None:

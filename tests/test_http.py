@@ -538,7 +538,7 @@ async def test_a_request_waits_for_no_slow_one_while_others_end(
 async def test_the_connections_of_a_burst_are_closed_once_they_are_idle(
     job_server: EmbeddedJobServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("prefect_webapi.http.KEEPALIVE_SECONDS", 0.3)
+    monkeypatch.setattr("prefect_webapi.transport.KEEPALIVE_SECONDS", 0.3)
     client = RemoteClient(job_server.url, token=SecretStr(TOKEN))
     port = urlsplit(job_server.url).port
     me = psutil.Process()

@@ -30,7 +30,13 @@ from prefect.transactions import get_transaction
 from pydantic import BaseModel, ValidationError
 
 from prefect_webapi._prefect import service, states
-from prefect_webapi._prefect.causes import INTERRUPTS, Cause, cause_of, is_suspending
+from prefect_webapi._prefect.causes import (
+    INTERRUPTS,
+    Cause,
+    cause_of,
+    is_suspending,
+    may_time_out,
+)
 from prefect_webapi._prefect.identity import Chain, attempt_of, caller, chain_here
 from prefect_webapi._prefect.options import Options
 from prefect_webapi._prefect.reports import TaskRunReporter
@@ -218,7 +224,7 @@ def run_sync(
         try:
             call = _admit(job, spec, context, service.start(load))
             call.watch()
-            outcome = call.ended_as(call.ticket.outcome_blocking())
+            outcome = call.ended_as(call.ticket.outcome_blocking(is_timed=may_time_out()))
             return _told_blocking(states.ending(outcome))
         except INTERRUPTS as interrupt:
             cause = _interrupted(call, interrupt, began)

@@ -25,6 +25,7 @@ __all__ = [
     "cause_of",
     "control_intent",
     "is_suspending",
+    "may_time_out",
     "reason_of",
 ]
 
@@ -61,6 +62,16 @@ def is_suspending() -> bool:
     """Whether the flow run around this call has been asked to suspend; private in Prefect as well."""
     context = FlowRunContext.get()
     return context is not None and context.flow_run_suspension_request.is_requested()
+
+
+def may_time_out() -> bool:
+    """Whether Prefect may raise a time-out in this thread: the task's, or that of the flow that called it here."""
+    task, flow = TaskRunContext.get(), FlowRunContext.get()
+    limits = (
+        task.task.timeout_seconds if task else None,
+        flow.flow.timeout_seconds if flow and flow.flow else None,
+    )
+    return any(limit is not None for limit in limits)
 
 
 def reason_of(heard: signal.Signals) -> str:

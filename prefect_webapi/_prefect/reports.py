@@ -81,6 +81,9 @@ class Display:
     show ours when they are old.
 
     All but `run` may be called from any thread.
+
+    Attributes:
+        is_idle: nothing waits to be sent, and nobody has woken `run` yet.
     """
 
     def __init__(
@@ -99,6 +102,7 @@ class Display:
         self.artifacts = Artifacts()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stirred: asyncio.Event | None = None
+        self.is_idle = False
 
     def want(self, reporter: TaskRunReporter) -> None:
         """`reporter` has something to show: it is sent now if the budget allows, else by `run`."""
@@ -149,8 +153,11 @@ class Display:
             return True
 
     def _stir(self) -> None:
+        """Wake `run`, once: it takes a system call, and jobs that start by the hundred all want to be shown."""
+        with self._lock:
+            was_idle, self.is_idle = self.is_idle, False
         loop, stirred = self._loop, self._stirred
-        if loop is None or stirred is None:
+        if not was_idle or loop is None or stirred is None:
             return
         try:
             loop.call_soon_threadsafe(stirred.set)
@@ -189,7 +196,8 @@ class Display:
                         self._ready[rested] = None
                 first = next(iter(self._ready), None)
                 if first is None:
-                    return max(0.02, self._later[0][0] - now) if self._later else None
+                    self.is_idle = not self._later
+                    return None if self.is_idle else max(0.02, self._later[0][0] - now)
             due = first.due_in()
             if due == 0 and not self._take():
                 return max(0.02, 1 / self._rate, self._stored_at - now - STORED_AHEAD_SECONDS)

@@ -13,9 +13,10 @@ from prefect_webapi.engine.request import JobRequest, Outcome
 
 __all__ = ["Call", "Post", "Server"]
 
-STEP_SECONDS, STEP_SECONDS_OF_MANY = 0.2, 1.0
+STEP_SECONDS, STEP_SECONDS_OF_MANY, LONG_STEP_SECONDS = 0.2, 1.0, 5.0
 """A blocking wait is cut into steps, so that signals get through; in threads beside the main one, of which a flow may
-have hundreds, what Prefect raises there when a task's time is over."""
+have hundreds, what Prefect raises there when a task's time is over; where no such time is set, whatever else may be
+raised is heard later, as each step takes CPU."""
 
 _answering = threading.Lock()
 """Held for the moment in which a call gets its answer or another listener, by all calls alike."""
@@ -80,11 +81,12 @@ class Call:
         await arrived
         return self.result()
 
-    def outcome_blocking(self) -> Outcome:
+    def outcome_blocking(self, *, is_timed: bool = True) -> Outcome:
         over = threading.Event()
         self.when_over(over.set)
         is_main = threading.current_thread() is threading.main_thread()
-        while not over.wait(STEP_SECONDS if is_main else STEP_SECONDS_OF_MANY):
+        step = STEP_SECONDS_OF_MANY if is_timed else LONG_STEP_SECONDS
+        while not over.wait(STEP_SECONDS if is_main else step):
             pass
         return self.result()
 

@@ -62,8 +62,12 @@ class Waiting(Protocol):
 class Ticket(Waiting, Protocol):
     """One call's place in the engine, bound to no loop."""
 
-    def outcome_blocking(self) -> Outcome:
-        """Wait in the caller's thread, in short steps so that signals get through."""
+    def outcome_blocking(self, *, is_timed: bool = True) -> Outcome:
+        """Wait in the caller's thread, in short steps so that signals get through.
+
+        Args:
+            is_timed: a time-out may be raised in this thread; False: it is looked for less often.
+        """
         ...
 
     def when_over(self, tell: Callable[[], None], /) -> None:

@@ -301,6 +301,32 @@ def test_thousands_that_wait_are_not_looked_through_for_each_that_is_sent() -> N
     assert looks <= 300
 
 
+async def test_the_sender_is_woken_once_by_all_who_want_to_be_shown(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And by nobody while it waits for its budget: each time is a system call."""
+    loop, woken = asyncio.get_running_loop(), 0
+    real = loop.call_soon_threadsafe
+
+    def counted(*args: Any) -> Any:
+        nonlocal woken
+        woken += 1
+        return real(*args)
+
+    display = Display(100)
+    sending = asyncio.create_task(display.run())
+    monkeypatch.setattr(loop, "call_soon_threadsafe", counted)
+    reporters: list[Any] = [Shows() for _ in range(130)]
+    for times in (1, 2):
+        await eventually(lambda: display.is_idle, within=10)
+        for reporter in reporters:
+            display.want(reporter)
+        assert woken <= times
+        await eventually(lambda n=times: all(each.sent == n for each in reporters), within=10)
+    sending.cancel()
+    await asyncio.wait([sending])
+
+
 def test_a_forgotten_reporter_is_not_sent() -> None:
     display = Display(10)
     gone: Any = Shows()

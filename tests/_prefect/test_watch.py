@@ -21,7 +21,7 @@ from prefect.states import Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from prefect_webapi._prefect import causes
-from prefect_webapi._prefect.causes import Cause, cause_of, control_intent
+from prefect_webapi._prefect.causes import Cause, cause_of, control_intent, may_time_out
 from prefect_webapi._prefect.watch import Watch, cancel_event_of
 from prefect_webapi.testing import EmbeddedJobServer
 from tests.support.jobserver import TOKEN
@@ -162,6 +162,24 @@ def test_a_flows_timeout_is_named_outside_its_scope_too(prefect_api: PrefectServ
         "the task was cancelled",
         "the flow's timeout_seconds=30 passed",
     ]
+
+
+@pytest.mark.parametrize(
+    ("of_the_task", "of_the_flow", "listens"),
+    [(None, None, False), (5, None, True), (None, 30, True)],
+)
+def test_a_thread_that_waits_listens_often_only_where_a_timeout_may_come(
+    prefect_api: PrefectServer, of_the_task: int | None, of_the_flow: int | None, listens: bool
+) -> None:
+    @task(timeout_seconds=of_the_task)
+    def body() -> bool:
+        return may_time_out()
+
+    @flow(timeout_seconds=of_the_flow)
+    def around() -> bool:
+        return body()
+
+    assert around() == listens
 
 
 # --- the watch ------------------------------------------------------------------------------------------------------

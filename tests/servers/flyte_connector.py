@@ -14,22 +14,17 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
-from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 import grpc
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-from cryptography.x509.oid import NameOID
 from flyteidl.admin.agent_pb2 import ExecuteTaskSyncResponse
 from google.rpc.error_details_pb2 import RetryInfo
 from google.rpc.status_pb2 import Status
 
 from tests.servers.base import Fault, Reply, Seen, serve, strike
+from tests.support.certificates import self_signed
 
 __all__ = ["NONSENSE", "FlyteConnectorServer", "refusal"]
 
@@ -90,7 +85,7 @@ class FlyteConnectorServer:
             threads = stack.enter_context(ThreadPoolExecutor(32))
             server: Any = grpc.server(threads, handlers=[_Proxy(self)], options=UNLIMITED)
             port = server.add_insecure_port("127.0.0.1:0")
-            key, self.certificate = _certificate()
+            key, self.certificate = self_signed()
             trust: Any = grpc.ssl_server_credentials([(key, self.certificate)])
             self.secure_url = f"localhost:{server.add_secure_port('127.0.0.1:0', trust)}"
             server.start()
@@ -181,22 +176,6 @@ class FlyteConnectorServer:
         if self.splits and op == "do":
             answers = [part for answer in answers for part in _parted(answer)]
         yield from answers
-
-
-def _certificate() -> tuple[bytes, bytes]:
-    """A key, and a certificate of this machine's name that the key signs for itself, both as PEM."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
-    now = datetime.now(UTC)
-    certificate = (
-        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
-        .not_valid_before(now - timedelta(hours=1))
-        .not_valid_after(now + timedelta(hours=24))
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
-        .sign(key, hashes.SHA256())
-    )
-    secret = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    return secret, certificate.public_bytes(Encoding.PEM)
 
 
 def _parted(answer: bytes) -> Iterator[bytes]:

@@ -1,0 +1,135 @@
+"""Connections of a client: kept, closed by the service, asked after without detours, also through TLS."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from asyncio.trsock import TransportSocket
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import psutil
+import pytest
+
+from prefect_webapi import transport
+from prefect_webapi.http import RemoteClient
+from tests.support.certificates import self_signed
+from tests.support.waiting import eventually
+
+ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
+
+
+class Service:
+    """Answers each request with `{}`; `hang_up` closes the connections that it has."""
+
+    def __init__(self) -> None:
+        self.url = ""
+        self.connections: list[asyncio.StreamWriter] = []
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections.append(writer)
+        try:
+            while await reader.readuntil(b"\r\n\r\n"):
+                writer.write(ANSWER)
+                await writer.drain()
+        except (asyncio.IncompleteReadError, ConnectionError):
+            writer.close()
+
+    def hang_up(self) -> None:
+        for each in self.connections:
+            each.transport.abort()
+
+
+@pytest.fixture(params=["http", "https"])
+async def service(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncGenerator[Service]:
+    async with served(request.param, tmp_path, monkeypatch) as service:
+        yield service
+
+
+@asynccontextmanager
+async def served(
+    scheme: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncGenerator[Service]:
+    context: ssl.SSLContext | None = None
+    if scheme == "https":
+        key, certificate = self_signed()
+        (folder / "server.pem").write_bytes(key + certificate)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(folder / "server.pem")
+        trusting = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        trusting.load_verify_locations(cadata=certificate.decode())
+        monkeypatch.setattr(transport, "_trusted", lambda: trusting)
+    service = Service()
+    server = await asyncio.start_server(service.serve, "127.0.0.1", 0, ssl=context)
+    port = server.sockets[0].getsockname()[1]
+    service.url = f"{scheme}://localhost:{port}"
+    async with server:
+        yield service
+
+
+@asynccontextmanager
+async def client_of(service: Service) -> AsyncGenerator[RemoteClient]:
+    client = RemoteClient(service.url)
+    try:
+        yield client
+    finally:
+        await client.aclose()
+
+
+async def test_requests_one_after_the_other_share_a_connection(service: Service) -> None:
+    async with client_of(service) as client:
+        for _ in range(5):
+            assert await client.get("/") == {}
+        assert len(service.connections) == 1
+
+
+async def test_a_connection_that_the_service_has_closed_gets_no_request(service: Service) -> None:
+    """It would be lost there, and whether a job was made unknown."""
+    async with client_of(service) as client:
+        assert await client.put("/", json={}) == {}
+        service.hang_up()
+        await eventually(lambda: _is_hung_up(service), within=5)
+        assert await client.put("/", json={}) == {}
+        assert len(service.connections) == 2
+
+
+def _is_hung_up(service: Service) -> bool:
+    """The system knows at our end that the service has closed the connection."""
+    port = urlsplit(service.url).port
+    ours = [c for c in psutil.Process().net_connections() if c.raddr and c.raddr.port == port]
+    return [c.status for c in ours] == [psutil.CONN_CLOSE_WAIT]
+
+
+async def test_an_idle_connection_is_asked_without_detours(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of them gives Python's lock away. If this fails, httpx no longer takes the pool that is put under it."""
+    asked: list[Any] = []
+    real = TransportSocket.getpeername
+
+    def counted(self: TransportSocket) -> Any:
+        asked.append(self)
+        return real(self)
+
+    monkeypatch.setattr(TransportSocket, "getpeername", counted)
+    async with client_of(service) as client:
+        await client.get("/")
+        to_connect = len(asked)
+        for _ in range(10):
+            await client.get("/")
+        assert len(asked) == to_connect
+
+
+def test_clients_of_plain_addresses_share_what_trusts_nobody() -> None:
+    one, other = (transport._trusting_nobody() for _ in range(2))  # pyright: ignore[reportPrivateUsage]
+    assert one is other
+    assert (one.verify_mode, one.check_hostname, one.get_ca_certs()) == (
+        ssl.CERT_REQUIRED,
+        True,
+        [],
+    )
