@@ -311,6 +311,46 @@ async def test_who_is_written_down_does_not_wait_for_what_is_stuck(
     assert runs == [3, 1]
 
 
+@pytest.fixture
+def batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many operations each transaction has."""
+    run, sizes = batch.run, list[int]()
+
+    def run_noted(*arguments: Any, **options: Any) -> None:
+        sizes.append(len(arguments[3]))
+        run(*arguments, **options)
+
+    monkeypatch.setattr(batch, "run", run_noted)
+    return sizes
+
+
+async def test_who_comes_after_a_crowd_waits_a_moment_for_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batches: list[int]
+) -> None:
+    monkeypatch.setattr("prefect_webapi.ledger.writer.GATHERING_SECONDS", 1.0)
+    async with another_store(sqlite_url(tmp_path / "ledger.db")) as store:
+        await asyncio.gather(*(store.intent(draft_for(f"{n}")) for n in range(6)))
+        first = asyncio.ensure_future(store.intent(draft_for("first")))
+        for _ in range(20):  # turns of the loop
+            await asyncio.sleep(0)
+        others = (store.intent(draft_for(f"other {n}")) for n in range(3))
+        await asyncio.gather(first, *others)
+    assert batches == [6, 4]
+
+
+async def test_nobody_waits_for_others_who_are_there_or_were_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batches: list[int]
+) -> None:
+    """One after the other, the same ten again, and enough after many more."""
+    monkeypatch.setattr("prefect_webapi.ledger.writer.GATHERING_SECONDS", 60.0)
+    rounds = (1, 1, 2, 1, 10, 10, 300, 60)
+    async with another_store(sqlite_url(tmp_path / "ledger.db")) as store, asyncio.timeout(20):
+        for place, size in enumerate(rounds):
+            drafts = [draft_for(f"{place} {n}") for n in range(size)]
+            await asyncio.gather(*(store.intent(draft) for draft in drafts))
+    assert batches == [*rounds]
+
+
 async def test_readers_do_not_wait_for_writers(tmp_path: Path) -> None:
     path = tmp_path / "ledger.db"
     async with another_store(sqlite_url(path)) as store:
