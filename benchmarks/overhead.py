@@ -133,7 +133,9 @@ def mapped_by_hand(jobs: int, url: str) -> Figures:
     from prefect import flow, task, unmapped
 
     sent = [create_of(n, SECONDS) for n in range(jobs)]
-    client = httpx.Client(base_url=url, trust_env=False)
+    # Idle ones are let go after 5 s otherwise, just when the reads come: one thread then closes what another has taken.
+    kept = httpx.Limits(max_connections=100, max_keepalive_connections=20, keepalive_expiry=60)
+    client = httpx.Client(base_url=url, trust_env=False, limits=kept)
 
     @task
     def nap(number: int, seconds: float) -> None:

@@ -23,6 +23,7 @@ from prefect.client.schemas.objects import TaskRun
 from prefect.runtime import flow_run
 from prefect.settings import PREFECT_TASKS_DEFAULT_RETRIES, temporary_settings
 
+from benchmarks.service import Service
 from prefect_webapi import ConfigurationError, JobFailed, run_many, task_for
 from prefect_webapi._prefect import service
 from prefect_webapi.contract.keys import JobKey
@@ -248,20 +249,24 @@ KILLED = """
     from prefect.flow_engine import run_flow_async
     from prefect.runtime import flow_run
 
-    from prefect_webapi import run_many
+    from prefect_webapi import PluginConfig, run_many
     from prefect_webapi_jobserver import JobServer, ReportJob, run_job
 
-    SERVER = JobServer(base_url="{url}", token="{token}")
+    WIDE = {{"qps": 100_000, "burst": 10_000}}
+    SERVER = JobServer(
+        base_url="{url}",
+        token="{token}",
+        engine=PluginConfig.load(
+            {{"readRateLimiter": WIDE, "writeRateLimiter": WIDE, "caching": {{"size": 500_000}}}}
+        ),
+    )
 
     @flow
     async def nightly():
         print("RUN", flow_run.id, flush=True)
-        ends = ["succeed" if day < 4 else "never" for day in range(9)]
-        specs = [
-            ReportJob(day=day, seconds=0, outcome=ends[day], result=day) for day in range(9)
-        ]
+        specs = [ReportJob(day=day, result=day, {more}) for day in range({jobs})]
         reports = await run_many(run_job.with_options(connection=SERVER), specs)
-        print("GOT", [report.data for report in reports])
+        print("IN ORDER", [report.data for report in reports] == list(range({jobs})))
 
     async def main():
         again = None
@@ -278,7 +283,8 @@ def test_a_killed_flow_run_meets_all_of_them_when_it_is_run_again(
     scripts: Scripts, job_server: EmbeddedJobServer
 ) -> None:
     """CASE-280: those that were over and those that were not."""
-    script = scripts.write(KILLED.format(url=job_server.url, token=TOKEN))
+    more = "seconds=0, outcome='succeed' if day < 4 else 'never'"
+    script = scripts.write(KILLED.format(url=job_server.url, token=TOKEN, jobs=9, more=more))
     first = scripts.start(script)
     eventually_blocking(
         lambda: job_server.stats().created == 9 and job_server.stats().live == 5, within=120
@@ -289,8 +295,30 @@ def test_a_killed_flow_run_meets_all_of_them_when_it_is_run_again(
         if not job.state.is_over:
             job_server.end(job.name, "succeeded")
     again = scripts.run(script, told.split("RUN ")[1].split()[0], within=200)
-    assert f"GOT {list(range(9))}" in again
+    assert "IN ORDER True" in again
     assert job_server.stats().created == 9
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("jobs", [1_000, 100_000])
+def test_a_hundred_thousand_are_not_made_twice_by_who_is_killed_half_way(
+    scripts: Scripts, jobs: int
+) -> None:
+    """The job server's wire, lean: each job takes a minute, so that some are over at the kill, or end unwatched."""
+    with Service() as service:
+        service.reset()
+        script = scripts.write(
+            KILLED.format(url=service.url, token=TOKEN, jobs=jobs, more="seconds=60")
+        )
+        first = scripts.start(script)
+        eventually_blocking(lambda: service.stats()["made"] > jobs / 2, within=600)
+        first.send(signal.SIGKILL)
+        _, told = first.end()
+        made = service.stats()["made"]
+        again = scripts.run(script, told.split("RUN ")[1].split()[0], within=1_200)
+        assert "IN ORDER True" in again
+        assert jobs / 2 < made < jobs
+        assert service.stats()["made"] == jobs
 
 
 async def test_what_is_no_spec_is_refused_before_any_job(job_server: EmbeddedJobServer) -> None:

@@ -43,7 +43,13 @@ RUNS_KEPT = 200
 
 
 class Artifact(ABC):
-    """One artifact of Prefect, changed in place."""
+    """One artifact of Prefect, changed in place.
+
+    Attributes:
+        has_time: it waits while the server is busy with what many task runs tell of themselves.
+    """
+
+    has_time = False
 
     def __init__(self) -> None:
         self._id: UUID | None = None
@@ -83,6 +89,8 @@ class Artifact(ABC):
 
 class Card(Artifact):
     """A job's own artifact. Of many jobs it has time: their progress is shown first, while they start."""
+
+    has_time = True
 
     def __init__(
         self, story: Story, progress: Progress, *, flow_run: UUID | None, task_run: UUID
@@ -183,9 +191,19 @@ class Progress(Artifact):
 
 
 class Artifacts:
-    """Those of one process. `run` writes them; the rest may be called from any thread."""
+    """Those of one process. `run` writes them; the rest may be called from any thread.
 
-    def __init__(self, *, monotonic: Callable[[], float] = time.monotonic) -> None:
+    Args:
+        busy_for: seconds for which the server is busy with other things.
+    """
+
+    def __init__(
+        self,
+        *,
+        busy_for: Callable[[], float] = lambda: 0.0,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.busy_for = busy_for
         self._now = monotonic
         self._tokens = float(BURST)
         self._at = monotonic()
@@ -241,7 +259,10 @@ class Artifacts:
     def _next(self) -> tuple[Artifact | None, float | None]:
         """What may be written now, or the seconds until there may be something."""
         with self._lock:
-            due = [(each.due_in(), each) for each in self._waiting]
+            busy = self.busy_for()
+            due = [
+                (max(each.due_in(), busy if each.has_time else 0.0), each) for each in self._waiting
+            ]
             if not due:
                 return None, None
             ready = next((each for seconds, each in due if seconds <= 0), None)

@@ -77,8 +77,8 @@ def emit_state(task_run: TaskRun, shown: Shown, *, follows: Event | None = None)
 class Display:
     """The budget of one process. `run` sends what had to wait.
 
-    While task runs start or end by the hundred, nothing is spent: the server stores their own events first, and would
-    show ours when they are old.
+    While task runs start or end by the hundred, nothing is spent, nor on the cards of jobs: the server stores their own
+    events first, and would show ours when they are old.
 
     All but `run` may be called from any thread.
 
@@ -99,7 +99,7 @@ class Display:
         self._later: list[tuple[float, int, TaskRunReporter]] = []
         self._resting = set[TaskRunReporter]()
         self._order = 0
-        self.artifacts = Artifacts()
+        self.artifacts = Artifacts(busy_for=self._busy_for)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stirred: asyncio.Event | None = None
         self.is_idle = False
@@ -142,12 +142,16 @@ class Display:
         """Whether the budget has room for one event more, which is spent then."""
         return self._take()
 
+    def _busy_for(self) -> float:
+        """Seconds until the server has stored what task runs that start or end by the hundred tell of themselves."""
+        return max(0.0, self._stored_at - self._now() - STORED_AHEAD_SECONDS)
+
     def _take(self) -> bool:
         with self._lock:
             now = self._now()
             self._tokens = min(self._size, self._tokens + (now - self._at) * self._rate)
             self._at = now
-            if self._tokens < 1 or self._stored_at - now > STORED_AHEAD_SECONDS:
+            if self._tokens < 1 or self._busy_for():
                 return False
             self._tokens -= 1
             return True
@@ -200,7 +204,7 @@ class Display:
                     return None if self.is_idle else max(0.02, self._later[0][0] - now)
             due = first.due_in()
             if due == 0 and not self._take():
-                return max(0.02, 1 / self._rate, self._stored_at - now - STORED_AHEAD_SECONDS)
+                return max(0.02, 1 / self._rate, self._busy_for())
             with self._lock:
                 self._ready.pop(first, None)
                 if due:

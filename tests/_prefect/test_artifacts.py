@@ -183,6 +183,24 @@ def test_the_first_cards_of_many_jobs_let_them_start() -> None:
     assert 9 < card.due_in() <= 10
 
 
+async def test_cards_wait_while_the_server_is_busy_and_a_progress_does_not(api: Api) -> None:
+    busy = 30.0
+    writer = Artifacts(busy_for=lambda: busy)
+    one, other = cards(2)
+    progress = writer.progress(flow_run=uuid4(), task_run=uuid4())
+    running = asyncio.ensure_future(writer.run())
+    writer.offer(one, urgent=True)
+    writer.offer(progress, urgent=True)
+    await eventually(lambda: api.calls == ["POST"], within=5)
+    writer.offer(progress, urgent=True)
+    await eventually(lambda: api.calls == ["POST", "PATCH"], within=5)
+    busy = 0.0
+    writer.offer(other, urgent=True)  # wakes it up
+    await eventually(lambda: api.calls == ["POST", "PATCH", "POST", "POST"], within=5)
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+
+
 async def test_an_api_that_is_away_ends_nothing(api: Api) -> None:
     api.fails = True
     writer = Artifacts()

@@ -235,6 +235,7 @@ def test_while_task_runs_start_by_the_hundred_their_own_events_go_first() -> Non
     assert alone.sent == 1
     display.others(770)
     assert not display.spare()
+    assert display.artifacts.busy_for() == pytest.approx(9.0, abs=0.1)
     reporters: list[Any] = [Shows() for _ in range(10)]
     for reporter in reporters:
         display.want(reporter)

@@ -311,6 +311,40 @@ async def test_who_is_written_down_does_not_wait_for_what_is_stuck(
     assert runs == [3, 1]
 
 
+async def test_a_loop_that_is_busy_is_asked_once_to_tell_who_is_written_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or it would wake the callers of several batches in one turn."""
+    loop, run, runs, asked = asyncio.get_running_loop(), batch.run, 0, list[str]()
+    is_held, goes_on = threading.Event(), threading.Event()
+    real = loop.call_soon_threadsafe
+
+    def counted(callback: Any, *arguments: Any) -> Any:
+        asked.append(callback.__name__)
+        return real(callback, *arguments)
+
+    def hold() -> None:
+        is_held.set()
+        goes_on.wait(20)
+
+    def run_while_held(*arguments: Any, **options: Any) -> None:
+        nonlocal runs
+        runs += 1
+        if runs == 2:
+            real(hold)
+            is_held.wait(20)
+        run(*arguments, **options)
+        goes_on.set()
+
+    monkeypatch.setattr(batch, "run", run_while_held)
+    monkeypatch.setattr(loop, "call_soon_threadsafe", counted)
+    monkeypatch.setattr("prefect_webapi.ledger.writer.MAX_BATCH", 3)
+    async with another_store(sqlite_url(tmp_path / "ledger.db")) as store:
+        await asyncio.gather(*(store.intent(draft_for(f"{n}")) for n in range(6)))
+    assert runs == 2
+    assert 0 < asked.count("_tell_some") <= 2  # the second one by the commit, when the loop is free
+
+
 @pytest.fixture
 def batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many operations each transaction has."""
