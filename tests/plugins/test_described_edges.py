@@ -98,7 +98,7 @@ def test_a_secret_among_the_inputs_is_refused(inputs: dict[str, Any]) -> None:
     assert "hidden" not in str(caught.value)
 
 
-async def test_the_query_of_a_token_endpoint_is_kept() -> None:
+async def test_the_query_of_a_token_endpoint_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """RFC 6749, section 3.2."""
     asked: list[str] = []
 
@@ -106,8 +106,13 @@ async def test_the_query_of_a_token_endpoint_is_kept() -> None:
         asked.append(str(request.url))
         return httpx.Response(200, json={"access_token": "t"})
 
+    transport = httpx.MockTransport(answer)
+
+    def made(*_: object) -> httpx.AsyncBaseTransport:
+        return transport
+
+    monkeypatch.setattr("prefect_webapi.http.connection", made)
     fetch = ClientCredentials(f"{URL}/token?tenant=a%2Fb&v=2", "me", SecretStr("hidden"))
-    fetch._client._transport = httpx.MockTransport(answer)  # pyright: ignore[reportPrivateUsage]
     await fetch()
     await fetch.aclose()
     assert asked == [f"{URL}/token?tenant=a%2Fb&v=2"]
