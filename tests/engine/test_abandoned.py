@@ -82,7 +82,11 @@ async def test_no_job_lives_on_when_nobody_comes_back(
     report = await swept(tmp_path, job_server, config=QUOTA)
     assert not report.troubles
     left = [job for job in job_server.jobs() if job.state not in ("cancelled", "succeeded")]
-    assert len(left) == (len(unknown) if place != "KP-06" else 0)
+    assert {job.labels["job_key"] for job in left} <= unknown
+    if place == "KP-06":
+        assert not left
+    if place == "KP-08":  # one was answered; another may have been about to leave
+        assert bool(left) == bool(unknown)
     made = job_server.stats()
     assert not made.duplicates
     assert made.created <= 2
