@@ -67,11 +67,7 @@ def is_suspending() -> bool:
 def may_time_out() -> bool:
     """Whether Prefect may raise a time-out in this thread: the task's, or that of the flow that called it here."""
     task, flow = TaskRunContext.get(), FlowRunContext.get()
-    limits = (
-        task.task.timeout_seconds if task else None,
-        flow.flow.timeout_seconds if flow and flow.flow else None,
-    )
-    return any(limit is not None for limit in limits)
+    return _limit_of_task(task) is not None or _limit_of_flow(flow) is not None
 
 
 def reason_of(heard: signal.Signals) -> str:
@@ -102,10 +98,10 @@ def cause_of(
     at = now or datetime.now(UTC)
     if isinstance(interrupt, asyncio.CancelledError):
         task, flow = TaskRunContext.get(), FlowRunContext.get()
-        limit = task.task.timeout_seconds if task else None
+        limit = _limit_of_task(task)
         if task and _has_passed(task.start_time, limit, at) and _is_scope_over(interrupt):
             return Cause(f"the task's timeout_seconds={limit:g} passed", is_task_timeout=True)
-        limit = flow.flow.timeout_seconds if flow and flow.flow else None
+        limit = _limit_of_flow(flow)
         if flow and _has_passed(flow.start_time, limit, at):
             # Whether by its scope or by a `cancel()`: `gather` passes the scope's on to tasks that aren't in it.
             return Cause(f"the flow's timeout_seconds={limit:g} passed")
@@ -120,6 +116,14 @@ def cause_of(
     flow = FlowRunContext.get()
     reason = told(flow.flow_run.id) if flow and flow.flow_run else None
     return Cause(reason or "the task was cancelled")
+
+
+def _limit_of_task(context: TaskRunContext | None) -> float | None:
+    return context.task.timeout_seconds if context else None
+
+
+def _limit_of_flow(context: FlowRunContext | None) -> float | None:
+    return context.flow.timeout_seconds if context and context.flow else None
 
 
 def _has_passed(start: datetime, seconds: float | None, now: datetime) -> bool:

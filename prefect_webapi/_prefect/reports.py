@@ -81,9 +81,6 @@ class Display:
     events first, and would show ours when they are old.
 
     All but `run` may be called from any thread.
-
-    Attributes:
-        is_idle: nothing waits to be sent, and nobody has woken `run` yet.
     """
 
     def __init__(
@@ -102,7 +99,7 @@ class Display:
         self.artifacts = Artifacts(busy_for=self._busy_for)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stirred: asyncio.Event | None = None
-        self.is_idle = False
+        self._is_stirred = False
 
     def want(self, reporter: TaskRunReporter) -> None:
         """`reporter` has something to show: it is sent now if the budget allows, else by `run`."""
@@ -158,11 +155,10 @@ class Display:
 
     def _stir(self) -> None:
         """Wake `run`, once: it takes a system call, and jobs that start by the hundred all want to be shown."""
-        with self._lock:
-            was_idle, self.is_idle = self.is_idle, False
         loop, stirred = self._loop, self._stirred
-        if not was_idle or loop is None or stirred is None:
+        if self._is_stirred or loop is None or stirred is None:
             return
+        self._is_stirred = True
         try:
             loop.call_soon_threadsafe(stirred.set)
         except RuntimeError:  # that loop has closed: what waits was for display only
@@ -179,6 +175,7 @@ class Display:
         self._loop = asyncio.get_running_loop()
         try:
             while True:
+                self._is_stirred = False  # before it looks: who comes later wakes it again
                 stirred.clear()
                 pause = self.tick()
                 if pause is None:
@@ -200,8 +197,7 @@ class Display:
                         self._ready[rested] = None
                 first = next(iter(self._ready), None)
                 if first is None:
-                    self.is_idle = not self._later
-                    return None if self.is_idle else max(0.02, self._later[0][0] - now)
+                    return max(0.02, self._later[0][0] - now) if self._later else None
             due = first.due_in()
             if due == 0 and not self._take():
                 return max(0.02, 1 / self._rate, self._busy_for())

@@ -114,12 +114,10 @@ def _sets_in_order(data: Any, value: Any) -> Any:
 
 def _may_hold_sets(data: Any) -> bool:
     """A set is a list here, and most specs hold none."""
-    if not isinstance(data, dict):
-        return isinstance(data, list)
-    for part in cast(dict[str, Any], data).values():  # noqa: SIM110 - a third of what `any` takes
-        if isinstance(part, (dict, list)):
-            return True
-    return False
+    if isinstance(data, dict):
+        parts = cast(dict[str, Any], data).values()
+        return any(isinstance(part, dict | list) for part in parts)
+    return isinstance(data, list)
 
 
 def base_of(run_key: str, task_key: str, fingerprint: Fingerprint) -> Base:

@@ -280,12 +280,7 @@ class Job:
 
     @property
     def is_awaited(self) -> bool:
-        if self.is_swept:
-            return True
-        for call in self.calls:  # noqa: SIM110 - mostly one, and a generator takes longer than it
-            if call.is_waiting:
-                return True
-        return False
+        return self.is_swept or any(call.is_waiting for call in self.calls)
 
     @property
     def takes_callers(self) -> bool:
