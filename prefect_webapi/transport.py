@@ -7,7 +7,7 @@ import select
 import ssl
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any, cast
 
@@ -18,6 +18,10 @@ __all__ = ["Transports", "connection"]
 
 KEEPALIVE_SECONDS = 4.0
 """Below the 5 s after which many servers close: a request on a connection just closed has an unknown outcome."""
+
+HAPPY_EYEBALLS_SECONDS = 0.25
+"""So long one of a host's addresses has until the next is tried beside it (RFC 8305, 5)."""
+READ_AHEAD_BYTES = 64 * 1024
 
 
 class Transports:
@@ -93,7 +97,9 @@ def connection(url: str, proxy: httpx.Proxy | None) -> httpx.AsyncBaseTransport:
 @lru_cache(maxsize=1)
 def _trusted() -> ssl.SSLContext:
     """The certificates that are trusted; reading them takes longer than many a request."""
-    return httpx.create_ssl_context()
+    context = httpx.create_ssl_context()
+    context.set_alpn_protocols(["http/1.1"])
+    return context
 
 
 @lru_cache(maxsize=1)
@@ -110,73 +116,138 @@ def _through(proxy: httpx.Proxy, context: ssl.SSLContext) -> httpx.AsyncBaseTran
 
 
 class _Single(httpx.AsyncHTTPTransport):
-    """httpx's transport over a pool of one connection that is asked without detours whether it still stands."""
+    """httpx's transport over a connection of its own, in place of a pool.
+
+    A pool, its locks and anyio's streams give the loop a dozen more steps a request, and each system call of theirs
+    gives Python's lock away: in a process full of task runs it is long until the thread has it again
+    (`benchmarks.transport`, `benchmarks.overhead`).
+    """
 
     def __init__(self, context: ssl.SSLContext) -> None:
         super().__init__(verify=context)
-        self._pool = httpcore.AsyncConnectionPool(
-            ssl_context=context,
-            max_connections=1,
-            max_keepalive_connections=1,
-            keepalive_expiry=KEEPALIVE_SECONDS,
-            network_backend=_Network(),
-        )
+        self._pool: Any = _Connection(context)
 
 
-class _Network(httpcore.AsyncNetworkBackend):
-    """httpcore's own."""
+class _Connection:
+    """httpcore's, made with the first request, and anew where it has ended or was closed by the service."""
 
-    def __init__(self) -> None:
-        self._own: httpcore.AsyncNetworkBackend = cast(Any, httpcore.AnyIOBackend)()
+    def __init__(self, context: ssl.SSLContext) -> None:
+        self._context = context
+        self._current: httpcore.AsyncHTTP11Connection | None = None
 
-    async def connect_tcp(self, *args: Any, **options: Any) -> httpcore.AsyncNetworkStream:
-        return _Stream(await self._own.connect_tcp(*args, **options))
-
-    async def sleep(self, seconds: float) -> None:
-        await self._own.sleep(seconds)
-
-
-class _Stream(httpcore.AsyncNetworkStream):
-    """httpcore's own, but for the question whether an idle connection was closed, which it is asked twice a request.
-
-    anyio looks up the peer's address for it each time: a system call in which the thread gives Python's lock away, and
-    in a process full of task runs it is long until it has it again (`benchmarks.overhead`).
-    """
-
-    def __init__(self, stream: httpcore.AsyncNetworkStream) -> None:
-        self._stream = stream
-        self._socket: Any = stream.get_extra_info("socket")
-
-    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        return await self._stream.read(max_bytes, timeout)
-
-    async def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        await self._stream.write(buffer, timeout)
+    async def handle_async_request(self, request: httpcore.Request) -> httpcore.Response:
+        if self._current is None or not self._current.is_available() or self._current.has_expired():
+            await self.aclose()
+            origin = request.url.origin
+            limits: Mapping[str, float | None] = cast(Any, request).extensions["timeout"]
+            stream = await _Stream.to(origin, self._context, limits["connect"])
+            self._current = httpcore.AsyncHTTP11Connection(
+                origin, stream, keepalive_expiry=KEEPALIVE_SECONDS
+            )
+        return await self._current.handle_async_request(request)
 
     async def aclose(self) -> None:
-        await self._stream.aclose()
+        if self._current is not None:
+            current, self._current = self._current, None
+            await current.aclose()
 
-    async def start_tls(
-        self,
-        ssl_context: ssl.SSLContext,
-        server_hostname: str | None = None,
-        timeout: float | None = None,
-    ) -> httpcore.AsyncNetworkStream:
-        return _Stream(await self._stream.start_tls(ssl_context, server_hostname, timeout))
+
+class _Stream(asyncio.Protocol, httpcore.AsyncNetworkStream):
+    """A connection that asyncio reads. What is written leaves with the read that follows: head and body together."""
+
+    def __init__(self) -> None:
+        self._transport: Any = None
+        self._held: list[bytes] = []
+        self._came = bytearray()
+        self._is_over = False
+        self._lost: Exception | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    @classmethod
+    async def to(
+        cls, origin: httpcore.Origin, context: ssl.SSLContext, timeout: float | None
+    ) -> _Stream:
+        """
+        Raises:
+            httpcore.ConnectTimeout, httpcore.ConnectError
+        """
+        try:
+            async with asyncio.timeout(timeout):
+                _, stream = await asyncio.get_running_loop().create_connection(
+                    cls,
+                    origin.host.decode("ascii"),
+                    origin.port,
+                    ssl=context if origin.scheme == b"https" else None,
+                    happy_eyeballs_delay=HAPPY_EYEBALLS_SECONDS,
+                )
+        except TimeoutError as error:
+            raise httpcore.ConnectTimeout(str(error)) from error
+        except (OSError, UnicodeError) as error:  # the latter: this can't be a host's name
+            raise httpcore.ConnectError(str(error)) from error
+        return stream
+
+    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        if self._held:
+            held, self._held = self._held, []
+            self._transport.write(b"".join(held))
+        if not self._came and not self._is_over:
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                async with asyncio.timeout(timeout):
+                    await self._waiter
+            except TimeoutError as error:
+                raise httpcore.ReadTimeout(str(error)) from error
+            finally:
+                self._waiter = None
+        if not self._came and self._lost is not None:
+            raise httpcore.ReadError(str(self._lost)) from self._lost
+        part = bytes(self._came[:max_bytes])
+        del self._came[:max_bytes]
+        if len(self._came) <= READ_AHEAD_BYTES:
+            self._transport.resume_reading()
+        return part
+
+    async def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        self._held.append(buffer)
+
+    async def aclose(self) -> None:
+        self._transport.abort()
 
     def get_extra_info(self, info: str) -> Any:
-        if info == "is_readable" and _CAN_POLL:
-            return _is_readable(self._socket.fileno())
-        return self._stream.get_extra_info(info)
+        if info == "is_readable":
+            return bool(self._came) or self._is_over or self._has_news()
+        return self._transport.get_extra_info(info)
+
+    def _has_news(self) -> bool:
+        """What the system knows and the loop has not been told yet; a socket that was closed tells so at once."""
+        if not _CAN_POLL:
+            return False
+        poll = select.poll()
+        poll.register(self._transport.get_extra_info("socket").fileno(), select.POLLIN)
+        return bool(poll.poll(0))
+
+    # What asyncio tells.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self._came += data
+        if len(self._came) > READ_AHEAD_BYTES:
+            self._transport.pause_reading()
+        self._wake()
+
+    def eof_received(self) -> None:
+        self._is_over = True
+        self._wake()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._is_over, self._lost = True, exc
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
 
 _CAN_POLL = hasattr(select, "poll")
-
-
-def _is_readable(descriptor: int) -> bool:
-    """What a closed socket would tell at once; one that we have closed counts as such."""
-    if descriptor < 0:
-        return True
-    poll = select.poll()
-    poll.register(descriptor, select.POLLIN)
-    return bool(poll.poll(0))

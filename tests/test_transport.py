@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 from urllib.parse import urlsplit
 
 import psutil
@@ -16,6 +17,10 @@ import pytest
 
 from prefect_webapi import transport
 from prefect_webapi.http import RemoteClient
+from prefect_webapi.transport import (
+    READ_AHEAD_BYTES,
+    _Stream,  # pyright: ignore[reportPrivateUsage]
+)
 from tests.support.certificates import self_signed
 from tests.support.waiting import eventually
 
@@ -89,20 +94,77 @@ async def test_requests_one_after_the_other_share_a_connection(service: Service)
 
 
 async def test_a_connection_that_the_service_has_closed_gets_no_request(service: Service) -> None:
-    """It would be lost there, and whether a job was made unknown."""
+    """It would be lost there, and whether a job was made unknown: also where the loop has not been told yet."""
     async with client_of(service) as client:
         assert await client.put("/", json={}) == {}
+        ours = _connections_to(service)
         service.hang_up()
-        await eventually(lambda: _is_hung_up(service), within=5)
+        await eventually(lambda: _connections_to(service) != ours, within=5, every=0)
         assert await client.put("/", json={}) == {}
         assert len(service.connections) == 2
 
 
-def _is_hung_up(service: Service) -> bool:
-    """The system knows at our end that the service has closed the connection."""
+def _connections_to(service: Service) -> list[str]:
+    """The states of this process's own ends, as the system knows them."""
     port = urlsplit(service.url).port
     ours = [c for c in psutil.Process().net_connections() if c.raddr and c.raddr.port == port]
-    return [c.status for c in ours] == [psutil.CONN_CLOSE_WAIT]
+    return [c.status for c in ours]
+
+
+async def test_what_comes_unasked_is_no_answer_to_the_next_request(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    came: list[bytes] = []
+    real = _Stream.data_received
+
+    def seen(self: _Stream, data: bytes) -> None:
+        real(self, data)
+        came.append(data)
+
+    monkeypatch.setattr(_Stream, "data_received", seen)
+    unasked = ANSWER.replace(b"{}", b"[]")
+    async with client_of(service) as client:
+        assert await client.get("/") == {}
+        service.connections[0].write(unasked)
+        await eventually(lambda: unasked in came, within=5)
+        assert await client.get("/") == {}
+        assert len(service.connections) == 2
+
+
+async def test_head_and_body_of_a_request_leave_together(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of them alone is one more system call that gives Python's lock away, and wakes the service once more."""
+    made = _watched(monkeypatch)
+    async with client_of(service) as client:
+        assert await client.put("/", json={"a": "b"}) == {}
+    ((sent,),) = [call.args for each in made for call in each.write.call_args_list]
+    assert sent.startswith(b"PUT / ")
+    assert sent.endswith(b'\r\n\r\n{"a": "b"}')
+
+
+async def test_who_sends_unasked_without_end_is_not_listened_to(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = _watched(monkeypatch)
+    async with client_of(service) as client:
+        assert await client.get("/") == {}
+        service.connections[0].write(bytes(READ_AHEAD_BYTES + 1))
+        await eventually(lambda: made[0].pause_reading.called, within=5)
+        assert await client.get("/") == {}
+
+
+def _watched(monkeypatch: pytest.MonkeyPatch) -> list[Mock]:
+    """What is asked of the connections' transports from now on."""
+    made: list[Mock] = []
+    real = _Stream.connection_made
+
+    def connection_made(self: _Stream, transport: asyncio.BaseTransport) -> None:
+        made.append(Mock(wraps=transport))
+        real(self, made[-1])
+
+    monkeypatch.setattr(_Stream, "connection_made", connection_made)
+    return made
 
 
 async def test_an_idle_connection_is_asked_without_detours(
