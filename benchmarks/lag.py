@@ -5,7 +5,8 @@ fifth more or less) begin together, and an answer says "over" from a job's end o
 30 s and with an exponential back-off (1 s, times 1.5, at most 20 s), whose reads are counted by their ages.
 
 "ours" is a task's first run, of jobs whose create told how they stand; where create tells no more than the id there is
-one more read, at once. "ours, second run" has learned from the ends that the first run saw.
+one more read, at once. "ours, second run" has learned from the ends that the first run saw. "ours, alike in turn": jobs
+of the very same length begin one after the other, over two lengths; the first ends tell when the others will be over.
 
 The fewest reads of a policy that knows nothing but a job's age, for the lag that ours has: half of the ends are seen
 within ``min(15 s, max(0.5 s, 5% of the age))``. An end falls anywhere between two reads at ages r and r + g, so half of
@@ -42,6 +43,7 @@ LENGTHS = {"2 s": 2.0, "30 s": 30.0, "10 min": 600.0, "5 h": 18_000.0}
 SPREAD, JOBS = 0.2, 100
 REAL_SECONDS, QUICK_REAL_SECONDS, REAL_JOBS = (2.0, 30.0), (2.0,), 50
 OURS, AT_ONCE, LEARNED = "ours", "ours, create tells the id only", "ours, second run"
+ALIKE = "ours, alike in turn"
 LEAST, EXPONENTIAL = "fewest reads by age", "exponential"
 POLICY = ReadingPolicy(initial=1.0, longest=30.0, workers=10)
 TASK = "plugin", "task"
@@ -63,11 +65,17 @@ def learned(length: float, seed: float) -> Figures:
     return virtualtime.run(_ours(_lengths(length, seed), Durations(durations.news())))
 
 
+def alike(length: float, seed: float) -> Figures:
+    """Jobs of one length that begin one after the other."""
+    pause = 2 * length / JOBS * random.Random(seed).uniform(0.9, 1.1)
+    return virtualtime.run(_ours([length] * JOBS, Durations({}), pause=pause))
+
+
 async def _ours(
-    lengths: Sequence[float], durations: Durations, *, is_known: bool = True
+    lengths: Sequence[float], durations: Durations, *, is_known: bool = True, pause: float = 0.0
 ) -> Figures:
     clock, lags, reads = virtualtime.LoopClock(), list[float](), 0
-    began, expected = clock.monotonic(), durations.expected(*TASK)
+    expected = durations.expected(*TASK)
 
     class Service:
         async def one(self, context: float) -> bool:
@@ -80,10 +88,11 @@ async def _ours(
 
     async def take(observation: Observation) -> None:
         if not observation.resource:
-            poller.again(observation.watched)
+            poller.again(observation.watched, end=durations.end(*TASK))
             return
         lags.append(clock.monotonic() - observation.watched.context)
-        durations.note(*TASK, clock.monotonic() - began - observation.since / 2)
+        age = poller.age(observation.watched)
+        durations.note(*TASK, age - observation.since, age)
         poller.forget(observation.watched)
         if len(lags) == len(lengths):
             tasks.cancel_scope.cancel()
@@ -92,7 +101,10 @@ async def _ours(
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(poller.run)
         for length in lengths:
-            poller.watch(None, began + length, expected=expected, is_known=is_known)
+            ends_at, end = clock.monotonic() + length, durations.end(*TASK)
+            poller.watch(None, ends_at, expected=expected, end=end, is_known=is_known)
+            if pause:
+                await asyncio.sleep(pause)
     return _figures(lags, reads)
 
 
@@ -147,6 +159,7 @@ POLICIES: dict[str, Callable[[float, float], Figures]] = {
     OURS: ours,
     AT_ONCE: partial(ours, is_known=False),
     LEARNED: learned,
+    ALIKE: alike,
     LEAST: partial(planned, fewest_reads),
     "fixed 1 s": partial(planned, partial(fixed, 1.0)),
     "fixed 30 s": partial(planned, partial(fixed, 30.0)),

@@ -181,6 +181,7 @@ class Poller:
         *,
         age: float = 0.0,
         expected: float = 0.0,
+        end: float = 0.0,
         is_known: bool = False,
         is_one_of_many: bool = False,
     ) -> Watched:
@@ -188,27 +189,25 @@ class Poller:
 
         Args:
             age: of the job, in seconds. expected: the age before which it will hardly end; 0: nobody knows.
+            end: the age at which it will probably be over; 0: nobody knows.
             is_known: how it stands now is known, so that the first read is due after a gap and not at once.
             is_one_of_many: more of them may come at this moment, so that their first reads are spread over the first
                 gap of a new job.
         """
         watched = Watched(token, context, self._clock.monotonic() - age, expected)
         self._watched += 1
-        delay = 0.0
         if is_known:
-            delay = self._delay(watched, age)
-        elif is_one_of_many:
-            delay = chance.uniform(0, self.policy.initial)
-        self._push(watched, delay)
+            self._plan(watched, age, end)
+        else:
+            self._push(watched, chance.uniform(0, self.policy.initial) if is_one_of_many else 0.0)
         return watched
 
-    def again(self, watched: Watched, *, failed: bool = False) -> None:
-        """Plan the next read of a job whose observation was taken."""
+    def again(self, watched: Watched, *, failed: bool = False, end: float = 0.0) -> None:
+        """Plan the next read of a job whose observation was taken; `end` as for `watch`."""
         if not watched.wanted or watched.in_flight:
             return
         watched.failures = watched.failures + 1 if failed else 0
-        watched.is_exact = False
-        self._push(watched, self._delay(watched, self._clock.monotonic() - watched.born))
+        self._plan(watched, self.age(watched), end)
 
     def retry_at(self, watched: Watched, delay: float) -> None:
         """Plan the next read without touching the failure count: a throttled read is no failure. It is never early."""
@@ -221,6 +220,10 @@ class Poller:
         if watched.wanted:
             watched.wanted = False
             self._watched -= 1
+
+    def age(self, watched: Watched) -> float:
+        """Of the job, in seconds."""
+        return self._clock.monotonic() - watched.born
 
     def ease(self) -> None:
         """Read little for a moment: the loop is needed for what is more urgent. A read is made now and then all the
@@ -293,11 +296,14 @@ class Poller:
         if observation.watched.wanted:
             await self._deliver(observation)
 
-    def _delay(self, watched: Watched, age: float) -> float:
+    def _plan(self, watched: Watched, age: float, end: float) -> None:
+        """The read that would come next, or at the foreseen end if that is before."""
         delay = next_delay(
             self.policy, age=age, failures=watched.failures, expected=watched.expected
         )
-        return delay * chance.uniform(1 - JITTER, 1)
+        delay *= chance.uniform(1 - JITTER, 1)
+        watched.is_exact = not watched.failures and age < end < age + delay
+        self._push(watched, end - age if watched.is_exact else delay)
 
     def _push(self, watched: Watched, delay: float) -> None:
         now = self._clock.monotonic()

@@ -27,7 +27,7 @@ async def test_a_sequence_that_the_user_has_seeded_goes_on_undisturbed() -> None
     before = random.getstate()
     durations = Durations({})
     for seconds in range(200):
-        durations.note("plugin", "task", float(seconds))
+        durations.note("plugin", "task", float(seconds), float(seconds))
     back_off(3, timedelta(seconds=1), timedelta(seconds=30))
     poller = Poller(ReadingPolicy(initial=1.0, longest=30.0, workers=1), Nobody(), take, Clock())
     poller.again(poller.watch(None, None, is_known=True))

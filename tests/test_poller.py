@@ -182,6 +182,32 @@ def test_a_read_that_was_put_off_to_a_moment_is_not_early(max_batch: int) -> Non
     assert taken == [due]
 
 
+def test_a_job_is_read_when_its_end_is_foreseen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where that is before the read that would come next, and neither early nor for one that could not be read."""
+    monkeypatch.setattr("prefect_webapi.poller.chance.uniform", _highest)
+    clock = Still()
+    poller = Poller(POLICY, Scripted(fine), cast(Any, None), clock)
+    watched = poller.watch("job", "job", is_known=True, end=5.0)
+    due: list[tuple[float, bool]] = []
+    for clock.now_at, failed in (
+        (0.0, False),
+        (4.0, False),
+        (4.2, False),
+        (5.0, False),
+        (4.2, True),
+    ):
+        poller.again(watched, failed=failed, end=5.0)
+        due.append((watched.due, watched.is_exact))
+    assert due == [
+        (1.0, False),
+        (5.0, False),
+        (5.0, True),
+        (6.0, False),
+        (pytest.approx(11.7), False),
+    ]
+    assert poller.watch("new", "new", is_known=True, end=0.5).due == pytest.approx(4.2 + 0.5)
+
+
 def test_the_first_reads_of_many_jobs_are_spread_over_the_first_gap() -> None:
     """A process that ended may have left a hundred thousand."""
     clock = Still()

@@ -1,4 +1,5 @@
-"""How long the jobs of a task take, learned from those that ended well: one is read seldom until it may be over.
+"""How long the jobs of a task take, learned from those that ended well: one is read seldom until it may be over, and at
+the moment when others of the same length were.
 
 Kept in the ledger from time to time, so a task's next run knows it from its first job on. It is a help and no duty:
 what a process that is killed has not kept is learned again.
@@ -6,6 +7,7 @@ what a process that is killed has not kept is learned again.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 
 from prefect_webapi.chance import chance
@@ -17,6 +19,10 @@ MOST = 2_000
 """A sample stands for so many jobs at most: what comes later counts at least that much."""
 SHORT = 0.1
 """The share of jobs that were faster than what is expected."""
+LATEST, FEWEST = 20, 3
+"""The end of the next job is foreseen from so many that ended last, and from so many at least."""
+ALIKE = 0.1
+"""They are of one length if they differ by no more than this share of it."""
 
 
 class _Sample:
@@ -26,20 +32,34 @@ class _Sample:
         self.seconds = list(seconds[-SAMPLE:])
         self._told = len(self.seconds)
         self._expected: float | None = None
+        self._latest = deque[tuple[float, float]](maxlen=LATEST)
+        self._end: float | None = None
 
-    def add(self, seconds: float) -> None:
+    def add(self, alive: float, over: float) -> None:
+        seconds = round((alive + over) / 2, 3)
         self._told = min(self._told + 1, MOST)
         if len(self.seconds) < SAMPLE:
             self.seconds.append(seconds)
         elif (place := chance.randrange(self._told)) < SAMPLE:
             self.seconds[place] = seconds
-        self._expected = None
+        self._expected = self._end = None
+        self._latest.append((alive, over))
 
     @property
     def expected(self) -> float:
         if self._expected is None:
             self._expected = sorted(self.seconds)[int(len(self.seconds) * SHORT)]
         return self._expected
+
+    @property
+    def end(self) -> float:
+        if self._end is None:
+            alive = max((each for each, _ in self._latest), default=0.0)
+            over = min((each for _, each in self._latest), default=0.0)
+            end = max(alive, over)
+            is_known = len(self._latest) >= FEWEST and alive - over <= ALIKE * end
+            self._end = end if is_known else 0.0
+        return self._end
 
 
 class Durations:
@@ -53,18 +73,27 @@ class Durations:
         self._of = {task: _Sample(seconds) for task, seconds in known.items() if seconds}
         self._news = set[tuple[str, str]]()
 
-    def note(self, plugin: str, task: str, seconds: float) -> None:
-        """A job of the task ended well after so long."""
+    def note(self, plugin: str, task: str, alive: float, over: float) -> None:
+        """A job of the task ended well.
+
+        Args:
+            alive: its age in seconds when it was last seen alive; over: when it was seen over.
+        """
         key = plugin, task
         if key not in self._of:
             self._of[key] = _Sample([])
-        self._of[key].add(round(seconds, 3))
+        self._of[key].add(alive, over)
         self._news.add(key)
 
     def expected(self, plugin: str, task: str) -> float:
         """The age in seconds before which few jobs of the task end; 0: nobody knows."""
         sample = self._of.get((plugin, task))
         return 0.0 if sample is None else sample.expected
+
+    def end(self, plugin: str, task: str) -> float:
+        """The age in seconds by which the last jobs of the task in this process were over; 0: their lengths differ."""
+        sample = self._of.get((plugin, task))
+        return 0.0 if sample is None else sample.end
 
     def news(self) -> Mapping[tuple[str, str], Sequence[float]]:
         """Those of each task about which something new was told since the last time."""

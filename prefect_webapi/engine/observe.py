@@ -81,9 +81,24 @@ class Observer:
         if record.state is JobState.CREATED and job.ending is None:
             expected = self._durations.expected(record.plugin, record.details.task_key)
         job.watched = poller.watch(
-            job, job, age=age, expected=expected, is_known=is_known, is_one_of_many=is_resumed
+            job,
+            job,
+            age=age,
+            expected=expected,
+            end=self._end(job),
+            is_known=is_known,
+            is_one_of_many=is_resumed,
         )
         job.drop_view()
+
+    def _end(self, job: Job) -> float:
+        return self._durations.end(job.record.plugin, job.record.details.task_key)
+
+    def _note_end(self, job: Job, since: float) -> None:
+        """Its length as we saw it, not as the service says: its clock is another."""
+        if job.watched is not None:
+            age = self._channels.of(job.loaded).poller.age(job.watched)
+            self._durations.note(job.record.plugin, job.record.details.task_key, age - since, age)
 
     def _age(self, job: Job) -> float:
         """Seconds since it was made."""
@@ -124,7 +139,7 @@ class Observer:
             self._read_failed(job, observation, failure)
             return
         if not over:
-            poller.again(observation.watched)
+            poller.again(observation.watched, end=self._end(job))
             job.rest()
 
     async def judge_first(self, job: Job, snapshot: Any) -> bool:
@@ -151,9 +166,8 @@ class Observer:
                 return False
             if info.cleanup_on_failure and job.is_deleting and not job.delete_taken:
                 return False  # delete is on its way
-            if info.phase is Phase.SUCCESS and since is not None:
-                took = self._age(job) - since / 2  # not as the service says: its clock is another
-                self._durations.note(job.record.plugin, job.record.details.task_key, took)
+            if info.phase is Phase.SUCCESS and since is not None and job.ending is None:
+                self._note_end(job, since)
             self.forget(job)
             self._driver.over(job, info, snapshot)
             return True

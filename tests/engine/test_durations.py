@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from random import Random
 
+import pytest
+
 from prefect_webapi import Phase
-from prefect_webapi.engine.durations import Durations
+from prefect_webapi.engine.durations import LATEST, Durations
 from prefect_webapi.testing import EmbeddedJobServer
 from prefect_webapi_jobserver import ReportJob
 from tests.support.engine import at, run
@@ -18,7 +20,7 @@ def test_what_few_jobs_fall_short_of_is_expected() -> None:
     durations = Durations({})
     assert durations.expected(*TASK) == 0.0
     for seconds in range(10, 30):
-        durations.note(*TASK, float(seconds))
+        durations.note(*TASK, float(seconds), float(seconds))
     assert durations.expected(*TASK) == 12.0
     assert durations.expected("plugin", "another") == 0.0
 
@@ -27,7 +29,7 @@ def test_jobs_that_begin_together_and_end_in_order_are_learned_from_alike() -> N
     """The last to end are the longest, and no better known for it."""
     durations = Durations({})
     for seconds in range(1_000):
-        durations.note(*TASK, float(seconds))
+        durations.note(*TASK, float(seconds), float(seconds))
     assert 20 < durations.expected(*TASK) < 300
 
 
@@ -35,18 +37,65 @@ def test_a_task_that_has_become_faster_is_expected_sooner() -> None:
     durations = Durations({TASK: [1_000.0] * 100})
     chance = Random(0)
     for _ in range(300):
-        durations.note(*TASK, chance.uniform(9, 11))
+        seconds = chance.uniform(9, 11)
+        durations.note(*TASK, seconds, seconds)
     assert 9 <= durations.expected(*TASK) <= 11
 
 
 def test_only_news_are_told_and_can_be_read_back() -> None:
     durations = Durations({TASK: [3.0, 4.0]})
     assert not durations.news()
-    durations.note(*TASK, 5.0)
+    durations.note(*TASK, 4.5, 5.5)
     news = durations.news()
     assert news == {TASK: (3.0, 4.0, 5.0)}
     assert not durations.news()
     assert Durations(news).expected(*TASK) == 3.0
+
+
+@pytest.mark.parametrize(
+    ("seen", "foreseen"),
+    [
+        pytest.param([(4.0, 5.2), (4.5, 5.1), (4.8, 5.6)], 5.1, id="one length"),
+        pytest.param([(4.0, 5.0), (5.1, 5.6), (4.9, 5.9)], 5.1, id="nearly one length"),
+        pytest.param([(4.0, 5.0), (5.7, 6.2), (4.9, 5.9)], 0.0, id="lengths that differ"),
+        pytest.param([(4.0, 5.2), (4.5, 5.1)], 0.0, id="too few"),
+        pytest.param([(50.0, 51.0), *[(4.5, 5.5)] * LATEST], 5.5, id="one that was long ago"),
+        pytest.param([(50.0, 51.0), *[(4.5, 5.5)] * (LATEST - 1)], 0.0, id="one of the latest"),
+    ],
+)
+def test_an_end_is_foreseen_where_the_last_jobs_were_of_one_length(
+    seen: list[tuple[float, float]], foreseen: float
+) -> None:
+    """What they were seen at as alive and as over fits one length."""
+    durations = Durations({TASK: [5.0] * 100})
+    assert durations.end(*TASK) == 0.0
+    for alive, over in seen:
+        durations.note(*TASK, alive, over)
+    assert durations.end(*TASK) == foreseen
+    assert durations.end("plugin", "another") == 0.0
+
+
+async def test_a_job_is_read_when_its_end_is_foreseen(
+    job_server: EmbeddedJobServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next one at the age of 28 s would be a second read, after one at 20 s. Ten times as fast."""
+    noted: list[tuple[float, float]] = []
+
+    def note(self: Durations, plugin: str, task: str, alive: float, over: float) -> None:
+        noted.append((alive, over))
+
+    def end(self: Durations, plugin: str, task: str) -> float:
+        return 15.0
+
+    monkeypatch.setattr(Durations, "note", note)
+    monkeypatch.setattr(Durations, "end", end)
+    with at(tmp_path, job_server, speed=10, initialInterval="20s") as host:
+        await run(host, ReportJob(day=1, seconds=1.2), "keys")
+    [get] = job_server.log("get")
+    [create] = job_server.log("create")
+    assert 14.5 < 10 * (get.mono - create.mono) < 18
+    [(alive, over)] = noted
+    assert 0 <= alive < 12 < 14.5 < over < 18
 
 
 async def test_a_tasks_second_run_reads_less_and_is_no_later(
