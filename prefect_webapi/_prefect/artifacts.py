@@ -22,6 +22,7 @@ import anyio.to_thread
 from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.actions import ArtifactCreate
 
+from prefect_webapi._prefect.bell import Bell
 from prefect_webapi._prefect.cards import Story, card
 
 __all__ = ["Artifacts", "Card", "Progress"]
@@ -211,8 +212,7 @@ class Artifacts:
         self._waiting: dict[Artifact, None] = {}
         self._runs: dict[UUID, Progress] = {}
         self._client: PrefectClient | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._stirred: asyncio.Event | None = None
+        self._bell = Bell()
 
     def progress(self, *, flow_run: UUID | None, task_run: UUID) -> Progress:
         """That of the flow run."""
@@ -231,23 +231,20 @@ class Artifacts:
             artifact.is_urgent = artifact.is_urgent or urgent
             self._waiting[artifact] = None
         if not is_known:
-            self._stir()
+            self._bell.ring()
 
     async def run(self) -> None:
         """Write what has news. Ends by cancellation, and then writes what it may at once."""
-        self._stirred = stirred = asyncio.Event()
-        self._loop = asyncio.get_running_loop()
         try:
-            while True:
-                stirred.clear()
-                ready, pause = self._next()
-                if ready is not None:
-                    await self._write(ready)
-                    continue
-                with anyio.move_on_after(pause):
-                    await stirred.wait()
+            with self._bell.heard():
+                while True:
+                    self._bell.look()
+                    ready, pause = self._next()
+                    if ready is None:
+                        await self._bell.wait(pause)
+                    else:
+                        await self._write(ready)
         finally:
-            self._loop = self._stirred = None
             with anyio.CancelScope(shield=True):
                 with anyio.move_on_after(LAST_SECONDS):
                     await self._write_last()
@@ -296,13 +293,6 @@ class Artifacts:
                 await artifact.write(self._client)
         except Exception as error:  # noqa: BLE001 - what is not shown must never harm a job
             logger.debug("an artifact is not shown: %s", error)
-
-    def _stir(self) -> None:
-        loop, stirred = self._loop, self._stirred
-        if loop is None or stirred is None:
-            return
-        with suppress(RuntimeError):  # that loop has closed: nothing is shown any more
-            loop.call_soon_threadsafe(stirred.set)
 
     def _forget_old(self) -> None:
         if len(self._runs) < RUNS_KEPT:

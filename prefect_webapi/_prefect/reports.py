@@ -27,6 +27,7 @@ from prefect.utilities.engine import emit_task_run_state_change_event
 
 from prefect_webapi._prefect import states
 from prefect_webapi._prefect.artifacts import Artifacts, Card
+from prefect_webapi._prefect.bell import Bell
 from prefect_webapi._prefect.cards import Story, links_of
 from prefect_webapi._prefect.events import PHASES, emit_job_event, end_of
 from prefect_webapi._prefect.identity import attempt_of
@@ -97,16 +98,14 @@ class Display:
         self._resting = set[TaskRunReporter]()
         self._order = 0
         self.artifacts = Artifacts(busy_for=self._busy_for)
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._stirred: asyncio.Event | None = None
-        self._is_stirred = False
+        self._bell = Bell()
 
     def want(self, reporter: TaskRunReporter) -> None:
         """`reporter` has something to show: it is sent now if the budget allows, else by `run`."""
         if not self._take():
             with self._lock:
                 self._ready[reporter] = None
-            self._stir()
+            self._bell.ring()
             return
         reporter.send()
 
@@ -114,7 +113,7 @@ class Display:
         """`reporter` has something to show that must wait for its own interval."""
         with self._lock:
             self._put_off(reporter, seconds)
-        self._stir()
+        self._bell.ring()
 
     def _put_off(self, reporter: TaskRunReporter, seconds: float) -> None:
         if reporter not in self._resting:
@@ -153,17 +152,6 @@ class Display:
             self._tokens -= 1
             return True
 
-    def _stir(self) -> None:
-        """Wake `run`, once: it takes a system call, and jobs that start by the hundred all want to be shown."""
-        loop, stirred = self._loop, self._stirred
-        if self._is_stirred or loop is None or stirred is None:
-            return
-        self._is_stirred = True
-        try:
-            loop.call_soon_threadsafe(stirred.set)
-        except RuntimeError:  # that loop has closed: what waits was for display only
-            self._loop = None
-
     async def run(self) -> None:
         """Send what waits, as the budget allows; write artifacts. Ends by cancellation."""
         async with anyio.create_task_group() as group:
@@ -171,19 +159,14 @@ class Display:
             await self._send()
 
     async def _send(self) -> None:
-        self._stirred = stirred = asyncio.Event()
-        self._loop = asyncio.get_running_loop()
-        try:
+        with self._bell.heard():
             while True:
-                self._is_stirred = False  # before it looks: who comes later wakes it again
-                stirred.clear()
+                self._bell.look()
                 pause = self.tick()
                 if pause is None:
-                    await stirred.wait()
+                    await self._bell.wait()
                 else:
                     await asyncio.sleep(pause)
-        finally:
-            self._loop = self._stirred = None
 
     def tick(self) -> float | None:
         """Send what may be sent; seconds until more may be sent, None when nothing waits."""

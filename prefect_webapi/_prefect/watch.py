@@ -8,7 +8,6 @@ rescheduled or relinquished leaves its jobs to the next process.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import signal
 import threading
@@ -26,6 +25,7 @@ from prefect.client.schemas.objects import FlowRun, State
 from prefect.context import FlowRunContext
 from prefect.utilities import engine as prefects_engine
 
+from prefect_webapi._prefect.bell import Bell
 from prefect_webapi._prefect.causes import LEAVING_INTENTS, control_intent, reason_of
 from prefect_webapi.contract.errors import WebApiError
 
@@ -111,8 +111,7 @@ class Watch:
         self._lock = threading.Lock()
         self._signal: signal.Signals | None = None
         self._last: tuple[float, signal.Signals] | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._stirred: asyncio.Event | None = None
+        self._bell = Bell()
         self._told = False
         self._looks_soon = False
         self._reasons: dict[str, str] = {}  # by flow run, whose jobs were told to end
@@ -146,7 +145,7 @@ class Watch:
             looks_soon = self._looks_soon
         self.listen()
         if not looks_soon:  # else at all of them, without being told
-            self._stir()
+            self._bell.ring()
 
         def forget() -> None:
             with self._lock:
@@ -176,7 +175,7 @@ class Watch:
     def heard(self, number: int) -> None:
         self._signal = signal.Signals(number)
         self._last = time.monotonic(), self._signal
-        self._stir()
+        self._bell.ring()
 
     def reason_told_to(self, flow_run: UUID) -> str | None:
         """Why the jobs of this flow run were told to end; None: they were not."""
@@ -194,26 +193,18 @@ class Watch:
         Args:
             deleted_after: how long a flow run is missing from Prefect until its jobs end.
         """
-        self._stirred = stirred = asyncio.Event()
-        self._loop = loop = asyncio.get_running_loop()
-        asked_at = loop.time()
-        try:
+        asked_at = time.monotonic()
+        with self._bell.heard():
             while True:
+                self._bell.look()
                 with self._lock:
                     watched = list(self._watched.values())
                     self._looks_soon = bool(watched)
                 self._look(watched)
-                if watched and loop.time() - asked_at >= every_seconds:
-                    asked_at = loop.time()
+                if watched and time.monotonic() - asked_at >= every_seconds:
+                    asked_at = time.monotonic()
                     await self._ask(watched, api, deleted_after)
-                try:
-                    async with asyncio.timeout(LOOK_SECONDS if watched else None):
-                        await stirred.wait()
-                        stirred.clear()
-                except TimeoutError:
-                    pass
-        finally:
-            self._loop = self._stirred = None
+                await self._bell.wait(LOOK_SECONDS if watched else None)
 
     def _look(self, watched: list[_Watched]) -> None:
         heard, self._signal = self._signal, None
@@ -273,15 +264,6 @@ class Watch:
             if not self._told:
                 self._told = True
                 logger.warning("cancelled flow runs can't be heard of for now: %s", error)
-
-    def _stir(self) -> None:
-        loop, stirred = self._loop, self._stirred
-        if loop is None or stirred is None:
-            return
-        try:
-            loop.call_soon_threadsafe(stirred.set)
-        except RuntimeError:  # that loop has closed
-            self._loop = None
 
 
 async def read_flow_runs(wanted: list[UUID], client: PrefectClient) -> list[FlowRun]:
