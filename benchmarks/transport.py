@@ -8,7 +8,8 @@ The same GET and the same parsing each time, over connections that are kept; as 
   is the slower end, so look at the CPU.
 - httpx over aiohttp: the package httpx-aiohttp.
 - aiohttp alone: what httpx itself adds.
-- RemoteClient: ours, which sends straight through httpx's transports, one for each connection; and over aiohttp.
+- RemoteClient: ours, which sends straight through httpx's transports, each over one connection of asyncio's; and over
+  aiohttp.
 
 The second table tells what the figures do not: a PUT whose connection is lost after it was taken, as creates are. How
 often it is sent, and whether the client still knows that it may have been.

@@ -22,6 +22,7 @@ KEEPALIVE_SECONDS = 4.0
 HAPPY_EYEBALLS_SECONDS = 0.25
 """So long one of a host's addresses has until the next is tried beside it (RFC 8305, 5)."""
 READ_AHEAD_BYTES = 64 * 1024
+"""So much may have come that nobody has read yet; then the service has to wait."""
 
 
 class Transports:
