@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import select
+import socket
 import ssl
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from functools import lru_cache
+from ipaddress import ip_address
 from typing import Any, cast
 
 import httpcore
 import httpx
+from aiohappyeyeballs import (
+    start_connection,  # pyright: ignore[reportUnknownVariableType] # an address is "a tuple" to it
+)
 
 __all__ = ["Transports", "connection"]
 
@@ -172,14 +177,15 @@ class _Stream(asyncio.Protocol, httpcore.AsyncNetworkStream):
         Raises:
             httpcore.ConnectTimeout, httpcore.ConnectError
         """
+        host, loop = origin.host.decode("ascii"), asyncio.get_running_loop()
+        is_encrypted = origin.scheme == b"https"
         try:
             async with asyncio.timeout(timeout):
-                _, stream = await asyncio.get_running_loop().create_connection(
+                _, stream = await loop.create_connection(
                     cls,
-                    origin.host.decode("ascii"),
-                    origin.port,
-                    ssl=context if origin.scheme == b"https" else None,
-                    happy_eyeballs_delay=HAPPY_EYEBALLS_SECONDS,
+                    sock=await _connected(host, origin.port, loop),
+                    ssl=context if is_encrypted else None,
+                    server_hostname=host if is_encrypted else None,
                 )
         except TimeoutError as error:
             raise httpcore.ConnectTimeout(str(error)) from error
@@ -249,6 +255,17 @@ class _Stream(asyncio.Protocol, httpcore.AsyncNetworkStream):
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+
+
+async def _connected(host: str, port: int, loop: asyncio.AbstractEventLoop) -> socket.socket:
+    """The race of a host's addresses; asyncio's own leaves a socket open when it is cancelled."""
+    try:
+        family = socket.AF_INET6 if ip_address(host).version == 6 else socket.AF_INET
+    except ValueError:
+        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    else:  # without a thread that looks it up
+        found = [(family, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", (host, port))]
+    return await start_connection(found, happy_eyeballs_delay=HAPPY_EYEBALLS_SECONDS)
 
 
 _CAN_POLL = hasattr(select, "poll")

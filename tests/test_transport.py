@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import ssl
+import warnings
 from asyncio.trsock import TransportSocket
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -16,6 +18,7 @@ import psutil
 import pytest
 
 from prefect_webapi import transport
+from prefect_webapi.contract.errors import RemoteError
 from prefect_webapi.http import RemoteClient
 from prefect_webapi.transport import (
     READ_AHEAD_BYTES,
@@ -109,6 +112,27 @@ def _connections_to(service: Service) -> list[str]:
     port = urlsplit(service.url).port
     ours = [c for c in psutil.Process().net_connections() if c.raddr and c.raddr.port == port]
     return [c.status for c in ours]
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+async def test_who_is_cancelled_while_it_connects_leaves_nothing_open(
+    service: Service, host: str
+) -> None:
+    """At whichever step of it."""
+    service.url = service.url.replace("localhost", host)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", ResourceWarning)
+        for turns in range(40):
+            async with client_of(service) as client:
+                asking = asyncio.create_task(client.get("/"))
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+                asking.cancel()
+                with suppress(asyncio.CancelledError, RemoteError):
+                    await asking
+        await eventually(lambda: _connections_to(service) == [], within=5)
+        gc.collect()
+    assert [str(each.message) for each in told] == []
 
 
 async def test_what_comes_unasked_is_no_answer_to_the_next_request(
