@@ -86,9 +86,7 @@ async def test_four_processes_share_a_quota_of_three(
         Work(
             folder=tmp_path,
             server=job_server.url,
-            specs=tuple(
-                ReportJob(kind=f"process {n}", day=day, seconds=0.2) for day in range(tasks)
-            ),
+            specs=tuple(ReportJob(kind=f"process {n}", day=day, seconds=1) for day in range(tasks)),
             config=quota(3),
             prefect=prefect_api,
         )
