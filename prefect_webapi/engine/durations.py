@@ -54,12 +54,14 @@ class _Sample:
     @property
     def end(self) -> float:
         if self._end is None:
-            alive = max((each for each, _ in self._latest), default=0.0)
-            over = min((each for _, each in self._latest), default=0.0)
-            end = max(alive, over)
-            is_known = len(self._latest) >= FEWEST and alive - over <= ALIKE * end
-            self._end = end if is_known else 0.0
+            self._end = self._foreseen() if len(self._latest) >= FEWEST else 0.0
         return self._end
+
+    def _foreseen(self) -> float:
+        alive = max(alive for alive, _ in self._latest)
+        over = min(over for _, over in self._latest)
+        end = max(alive, over)
+        return end if alive - over <= ALIKE * end else 0.0
 
 
 class Durations:

@@ -79,7 +79,7 @@ class Observer:
         record = job.record
         age, expected = 0.0 if fresh else self._age(job), 0.0
         if record.state is JobState.CREATED and job.ending is None:
-            expected = self._durations.expected(record.plugin, record.details.task_key)
+            expected = self._durations.expected(*_task_of(job))
         job.watched = poller.watch(
             job,
             job,
@@ -92,13 +92,12 @@ class Observer:
         job.drop_view()
 
     def _end(self, job: Job) -> float:
-        return self._durations.end(job.record.plugin, job.record.details.task_key)
+        return self._durations.end(*_task_of(job))
 
-    def _note_end(self, job: Job, since: float) -> None:
+    def _note_end(self, job: Job, read: Observation) -> None:
         """Its length as we saw it, not as the service says: its clock is another."""
-        if job.watched is not None:
-            age = self._channels.of(job.loaded).poller.age(job.watched)
-            self._durations.note(job.record.plugin, job.record.details.task_key, age - since, age)
+        age = self._channels.of(job.loaded).poller.age(read.watched)
+        self._durations.note(*_task_of(job), age - read.since, age)
 
     def _age(self, job: Job) -> float:
         """Seconds since it was made."""
@@ -134,7 +133,7 @@ class Observer:
             return
         job.missing_since = None
         try:
-            over = await self.judge(job, observation.resource, since=observation.since)
+            over = await self.judge(job, observation.resource, read=observation)
         except RemoteError as failure:  # whatever an author's status raises counts as a failed read
             self._read_failed(job, observation, failure)
             return
@@ -150,11 +149,11 @@ class Observer:
             logger.warning("a new job %s can't be judged: %s", job.record.key, failure.message)
             return False
 
-    async def judge(self, job: Job, snapshot: Any, *, since: float | None = None) -> bool:
+    async def judge(self, job: Job, snapshot: Any, *, read: Observation | None = None) -> bool:
         """Ask `status` and report what changed; whether the job is over (its end is then under way).
 
         Args:
-            since: seconds since the read before, which is when it ended at the earliest.
+            read: what brought the snapshot; None: create did.
         """
         view = StatusView(job, job.handle, snapshot)
         info = await self._calls.status(job.loaded, view, told=job.last)
@@ -166,8 +165,8 @@ class Observer:
                 return False
             if info.cleanup_on_failure and job.is_deleting and not job.delete_taken:
                 return False  # delete is on its way
-            if info.phase is Phase.SUCCESS and since is not None and job.ending is None:
-                self._note_end(job, since)
+            if info.phase is Phase.SUCCESS and read is not None and job.ending is None:
+                self._note_end(job, read)
             self.forget(job)
             self._driver.over(job, info, snapshot)
             return True
@@ -243,6 +242,10 @@ class Observer:
         else:
             poller.again(observation.watched, failed=True)
             self._driver.end(job, Ending(lost, info))
+
+
+def _task_of(job: Job) -> tuple[str, str]:
+    return job.record.plugin, job.record.details.task_key
 
 
 def _rank(info: PhaseInfo) -> int:
