@@ -76,15 +76,11 @@ class Observer:
         poller = self._channels.of(job.loaded).poller
         if job.watched is not None:
             poller.forget(job.watched)
-        record = job.record
-        age, expected = 0.0 if fresh else self._age(job), 0.0
-        if record.state is JobState.CREATED and job.ending is None:
-            expected = self._durations.expected(*_task_of(job))
         job.watched = poller.watch(
             job,
             job,
-            age=age,
-            expected=expected,
+            age=0.0 if fresh else self._age(job),
+            expected=self._durations.expected(*_task_of(job)) if _is_wanted(job) else 0.0,
             end=self._end(job),
             is_known=is_known,
             is_one_of_many=is_resumed,
@@ -92,7 +88,7 @@ class Observer:
         job.drop_view()
 
     def _end(self, job: Job) -> float:
-        return self._durations.end(*_task_of(job))
+        return self._durations.end(*_task_of(job)) if _is_wanted(job) else 0.0
 
     def _note_end(self, job: Job, read: Observation) -> None:
         """Its length as we saw it, not as the service says: its clock is another."""
@@ -242,6 +238,11 @@ class Observer:
         else:
             poller.again(observation.watched, failed=True)
             self._driver.end(job, Ending(lost, info))
+
+
+def _is_wanted(job: Job) -> bool:
+    """Nobody asked for its end: that of one that is deleted has nothing to do with how long its like take."""
+    return job.record.state is JobState.CREATED and job.ending is None
 
 
 def _task_of(job: Job) -> tuple[str, str]:

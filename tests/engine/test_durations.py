@@ -11,7 +11,8 @@ from prefect_webapi import Phase
 from prefect_webapi.engine.durations import LATEST, Durations
 from prefect_webapi.testing import EmbeddedJobServer
 from prefect_webapi_jobserver import ReportJob
-from tests.support.engine import at, run
+from tests.support.engine import at, request, run
+from tests.support.waiting import eventually
 
 TASK = "plugin", "task"
 
@@ -96,6 +97,25 @@ async def test_a_job_is_read_when_its_end_is_foreseen(
     assert 14.5 < 10 * (get.mono - create.mono) < 18
     [(alive, over)] = noted
     assert 0 <= alive < 12 < 14.5 < over < 18
+
+
+async def test_the_end_of_a_job_that_is_deleted_is_not_foreseen(
+    job_server: EmbeddedJobServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its age begins anew, and what others took says nothing of it. Ten times as fast."""
+
+    def end(self: Durations, plugin: str, task: str) -> float:
+        return 3.0
+
+    monkeypatch.setattr(Durations, "end", end)
+    with at(tmp_path, job_server, speed=10, initialInterval="20s") as host:
+        ticket = host.admit(request(ReportJob(outcome="never", dies_in=1.0), task_type="keys"))
+        await eventually(lambda: job_server.log("get"), within=20)  # at 3 s, as foreseen
+        ticket.cancel("cancelled by user")
+        await ticket.outcome()
+    [delete] = job_server.log("delete")
+    after = [10 * (get.mono - delete.mono) for get in job_server.log("get")]
+    assert [seconds for seconds in after if 1 < seconds < 15] == []
 
 
 async def test_a_tasks_second_run_reads_less_and_is_no_later(
