@@ -81,7 +81,9 @@ METRICS: Mapping[str, Metric] = {
         "histogram", ("plugin",), "Time between two reads of a job, as achieved."
     ),
     "blocked_total": Metric(
-        "counter", ("plugin", "op"), "Times a plugin's code held up all jobs of its process."
+        "counter",
+        ("plugin", "op"),
+        "Times all jobs were held up for a second, by a plugin's code; without a plugin: by anything else.",
     ),
 }
 

@@ -22,8 +22,8 @@ import anyio.to_thread
 from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.actions import ArtifactCreate
 
-from prefect_webapi._prefect.bell import Bell
 from prefect_webapi._prefect.cards import Story, card
+from prefect_webapi.bell import Bell
 
 __all__ = ["Artifacts", "Card", "Progress"]
 

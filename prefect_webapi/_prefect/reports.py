@@ -27,11 +27,11 @@ from prefect.utilities.engine import emit_task_run_state_change_event
 
 from prefect_webapi._prefect import states
 from prefect_webapi._prefect.artifacts import Artifacts, Card
-from prefect_webapi._prefect.bell import Bell
 from prefect_webapi._prefect.cards import Story, links_of
 from prefect_webapi._prefect.events import PHASES, emit_job_event, end_of
 from prefect_webapi._prefect.identity import attempt_of
 from prefect_webapi._prefect.states import Shown
+from prefect_webapi.bell import Bell
 from prefect_webapi.contract.phase import Phase, PhaseInfo
 from prefect_webapi.engine.request import Outcome
 from prefect_webapi.ledger.records import Record

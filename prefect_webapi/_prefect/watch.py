@@ -25,8 +25,8 @@ from prefect.client.schemas.objects import FlowRun, State
 from prefect.context import FlowRunContext
 from prefect.utilities import engine as prefects_engine
 
-from prefect_webapi._prefect.bell import Bell
 from prefect_webapi._prefect.causes import LEAVING_INTENTS, control_intent, reason_of
+from prefect_webapi.bell import Bell
 from prefect_webapi.contract.errors import WebApiError
 
 if TYPE_CHECKING:  # the engine's parts are loaded by the first job

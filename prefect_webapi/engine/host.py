@@ -141,10 +141,10 @@ class Host:
         Returns:
             Whether there was one.
         """
-        loop, runtime = self._loop, self._runtime
-        if loop is None or runtime is None:
+        runtime = self._runtime
+        if runtime is None:
             return False
-        runtime.hand_in(loop, partial(action, runtime))
+        runtime.hand_in(partial(action, runtime))
         return True
 
     def close(self) -> None:

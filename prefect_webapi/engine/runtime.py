@@ -21,6 +21,7 @@ import anyio
 import anyio.abc
 from pydantic import ValidationError
 
+from prefect_webapi.bell import Bell
 from prefect_webapi.contract.errors import (
     EngineClosed,
     LedgerConflict,
@@ -147,11 +148,10 @@ class Runtime:
         self._parties: set[asyncio.Event] = set()
         self._ended: dict[Call, Ending] = {}
         self._inbox: deque[Callable[[], None]] = deque()
-        self._mail = asyncio.Event()
+        self._mail = Bell()
         self._stop = asyncio.Event()
         self._performing: set[concurrent.futures.Future[Any]] = set()
         self._closing = False
-        self._reads, self._called_before = 0, -1
         self._is_over = False
         self._settling = 0
         self._has_told_paces = False
@@ -202,26 +202,15 @@ class Runtime:
     def post(self, action: Callable[[], None]) -> None:
         """Have the runtime do something in its own task: callbacks of the loop may not start tasks."""
         self._inbox.append(action)
-        self._mail.set()
+        self._mail.ring_here()
 
-    def hand_in(self, loop: asyncio.AbstractEventLoop, action: Callable[[], None]) -> None:
+    def hand_in(self, action: Callable[[], None]) -> None:
         """As `post`, from any thread. What comes when the runtime is over is done all the same, and finds nothing."""
         self._inbox.append(action)  # first: whoever is last to look does it
-        reads = self._reads
-        if self._called_before == reads and not self._is_over:
-            return  # somebody has called, and the mail is about to be read
-        try:
-            loop.call_soon_threadsafe(self._wake)
-        except RuntimeError:  # the loop has closed
-            self.refuse_mail()
-        # Not sooner: a signal or a time-out may raise at any place here, and then the next letter must call.
-        self._called_before = reads
-
-    def _wake(self) -> None:
         if self._is_over:
             self.refuse_mail()
         else:
-            self._mail.set()
+            self._mail.ring()
 
     def refuse_mail(self) -> None:
         """The runtime is over: who still comes is told so."""
@@ -250,14 +239,14 @@ class Runtime:
             self._tasks.start_soon(step, each)
 
     async def _read_mail(self) -> None:
-        while True:
-            await self._mail.wait()
-            self._mail.clear()
-            self._reads += 1  # before the first letter is taken: a later one calls again
-            while self._inbox:
-                for _ in range(min(READ_AT_ONCE, len(self._inbox))):
-                    self._inbox.popleft()()
-                await asyncio.sleep(0)
+        with self._mail.heard():
+            while True:
+                self._mail.look()
+                while self._inbox:
+                    for _ in range(min(READ_AT_ONCE, len(self._inbox))):
+                        self._inbox.popleft()()
+                    await asyncio.sleep(0)
+                await self._mail.wait()
 
     async def _close(self) -> None:
         """What must not stop half-way gets a moment; everything else stays as the ledger has it."""

@@ -1,7 +1,9 @@
 """Notices when the engine's loop stands still, and names the plugin whose code holds it up.
 
 Whatever runs on the loop must not wait: one blocking call in a coroutine stops every job of the process. The loop notes
-some four times a second that it turns, a thread looks whether it has; only when it has not, the loop's stack is read.
+some four times a second that it turns, a thread looks whether it has; only when it has not, the loop's stack is read,
+twice: who is named has not let go in between. In a process that computes more than Python lets it, hundreds of short
+steps make a long turn as well, and each of them waits for Python's lock; that is the fault of none.
 Pauses for Python's collector do not count.
 """
 
@@ -13,9 +15,11 @@ import logging
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import FrameType
 
@@ -30,15 +34,25 @@ logger = logging.getLogger(__name__)
 BLOCKED_SECONDS = 1.0
 """A loop that has not turned for longer is blocked."""
 LOG_SECONDS = 60.0
+TURN = "_run_once"
+"""The function of asyncio's loop that calls one callback after the other."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Culprit:
-    """Whose code runs: a plugin's id and the method that the engine called. `where`: for people."""
+    """Whose code runs: a plugin's id and the method that the engine called. `told`: for people."""
 
     plugin: str
     method: str
-    where: str
+    told: str
+
+
+_NOBODY = _Culprit(
+    "",
+    "",
+    "turns slowly: each of its steps is short, but this process has more to do than Python lets it, or many calls "
+    "of plugins block for a moment each. Jobs are read and made late; fewer tasks in one process, or `run_many`, help",
+)
 
 
 @contextmanager
@@ -64,6 +78,7 @@ def watching(metrics: Metrics, *, limit: float = BLOCKED_SECONDS) -> Generator[N
 
     def watch() -> None:
         told, silent_until, blocks = 0.0, 0.0, 0
+        stacks = deque[list[FrameType]](maxlen=2)
         while True:
             slept = time.monotonic()
             if over.wait(pause):
@@ -72,18 +87,21 @@ def watching(metrics: Metrics, *, limit: float = BLOCKED_SECONDS) -> Generator[N
             if now - slept > pause + limit / 2:
                 continue  # the whole process stood still
             stood = now - seen - (collected - collected_before)
-            if stood <= limit or seen == told:
+            if stood <= limit / 2 or seen == told:
+                stacks.clear()
+                continue
+            stacks.append(_stack_of(thread))
+            if stood <= limit or len(stacks) < 2:
                 continue
             told = seen
             blocks += 1
-            culprit = _culprit(_stack_of(thread))
+            culprit = _culprit(*stacks)
             metrics.count("blocked_total", plugin=culprit.plugin, op=culprit.method)
             if now >= silent_until:
                 silent_until = now + LOG_SECONDS
                 logger.warning(
-                    "the engine stands still: %s. No job of this process is looked after meanwhile. Let the method "
-                    "await, or make it a plain function, which gets a thread of its own (`status` may do neither)%s",
-                    culprit.where,
+                    "the engine %s%s",
+                    culprit.told,
                     f"; {blocks} times by now" if blocks > 1 else "",
                     extra={"plugin": culprit.plugin},
                 )
@@ -112,10 +130,20 @@ def _stack_of(thread: int) -> list[FrameType]:
     return stack
 
 
-def _culprit(stack: list[FrameType]) -> _Culprit:
+def _step_of(stack: list[FrameType]) -> FrameType | None:
+    """The callback of the loop that runs, each with a frame of its own; None: the loop is not one of Python's own."""
+    for called, caller in pairwise(stack):
+        if caller.f_code.co_name == TURN:
+            return called
+    return None
+
+
+def _culprit(before: list[FrameType], stack: list[FrameType]) -> _Culprit:
     """The engine's own frames know the plugin; the next one is the method that it called."""
+    if _step_of(before) is not _step_of(stack):
+        return _NOBODY
     if not stack:
-        return _Culprit("", "", "nobody knows where")
+        return _Culprit("", "", "stands still, nobody knows where")
     plugin, method = "", ""
     for called in reversed(stack):
         names = called.f_locals
@@ -128,6 +156,10 @@ def _culprit(stack: list[FrameType]) -> _Culprit:
             method = called.f_code.co_name
             break
     where = f"line {stack[0].f_lineno} of {Path(stack[0].f_code.co_filename).name}"
-    if not method:
-        return _Culprit("", "", f"something blocks it in {where}")
-    return _Culprit(plugin, method, f"{method} of plugin {plugin!r} blocks it in {where}")
+    by = f"{method} of plugin {plugin!r}" if method else "something"
+    return _Culprit(
+        plugin if method else "",
+        method,
+        f"stands still: {by} blocks it in {where}. No job of this process is looked after meanwhile. Let the method "
+        "await, or make it a plain function, which gets a thread of its own (`status` may do neither)",
+    )

@@ -383,7 +383,7 @@ async def test_two_sweepers_and_a_run_that_comes_back_disturb_nobody(
             host.admit(request(spec, task_type="keys", task_run=f"first/{spec.day}"))
         await eventually(lambda: job_server.stats().live == len(specs), within=20)
     reports = await asyncio.gather(
-        *(swept(tmp_path, job_server, config=wide) for _ in range(2)),
+        *(swept(tmp_path, job_server, config=wide, speed=4) for _ in range(2)),
     )
     assert job_server.stats().live == 0
     assert len(job_server.log("delete")) == len(specs)

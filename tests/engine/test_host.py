@@ -8,13 +8,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import psutil
 import pytest
@@ -336,49 +335,47 @@ def test_a_forked_process_gets_an_engine_of_its_own(
     assert job_server.stats().duplicates == {}
 
 
-class _Loop:
-    """Counts how often it is called from other threads."""
-
-    def __init__(self) -> None:
-        self.calls = 0
-        self.is_closed = False
-        self.raises: BaseException | None = None
-
-    def call_soon_threadsafe(self, call: Callable[[], None]) -> None:
-        if self.is_closed:
-            raise RuntimeError("Event loop is closed")
-        if self.raises is not None:
-            raise self.raises
-        self.calls += 1
-        call()
-
-
-async def test_who_posts_while_the_mail_is_about_to_be_read_wakes_nobody() -> None:
+async def test_letters_of_all_threads_are_read_and_those_that_come_together_wake_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Each wake is a write to a socket; a flow may post thousands of letters in one go."""
-    loop, done = _Loop(), list[int]()
+    loop, done, calls = asyncio.get_running_loop(), list[int](), list[object]()
+    real, interrupts = loop.call_soon_threadsafe, list[BaseException]()
+
+    def call_soon_threadsafe(callback: Any, *args: Any) -> Any:
+        calls.append(callback)
+        if interrupts:
+            raise interrupts.pop()
+        return real(callback, *args)
+
+    monkeypatch.setattr(loop, "call_soon_threadsafe", call_soon_threadsafe)
     services: Any = SimpleNamespace(clock=Clock(), metrics=Metrics())
     runtime = Runtime(services, this_process(datetime.now(UTC)))
-    for n in range(100):
-        runtime.hand_in(cast(Any, loop), partial(done.append, n))
-    assert loop.calls == 1
+
+    def hand_in(*letters: int) -> None:
+        for letter in letters:
+            runtime.hand_in(partial(done.append, letter))
+
+    hand_in(0)  # before anybody reads
     reader = asyncio.ensure_future(runtime._read_mail())  # pyright: ignore[reportPrivateUsage]
+    await eventually(lambda: done == [0], within=5)
+    hand_in(*range(1, 100))
+    assert len(calls) == 1
     await eventually(lambda: done == [*range(100)], within=5)
-    runtime.hand_in(cast(Any, loop), partial(done.append, 100))
-    assert loop.calls == 2
-    await eventually(lambda: done[-1] == 100, within=5)
     # A signal that raises in a caller's thread at any place loses no later letter.
-    loop.raises = KeyboardInterrupt()
+    interrupts.append(KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
-        runtime.hand_in(cast(Any, loop), partial(done.append, 7))
-    loop.raises = None
-    runtime.hand_in(cast(Any, loop), partial(done.append, 8))
-    await eventually(lambda: done[-2:] == [7, 8], within=5)
+        hand_in(100)
+    hand_in(101)
+    await eventually(lambda: done[100:] == [100, 101], within=5)
+    runtime.post(partial(done.append, 102))
+    await eventually(lambda: done[102:] == [102], within=5)
     reader.cancel()
     await asyncio.gather(reader, return_exceptions=True)
     # Nobody reads any more, and what comes now is done by whoever looks last.
-    runtime.hand_in(cast(Any, loop), partial(done.append, 101))
+    hand_in(103)
+    assert done[103:] == []
     runtime.refuse_mail()
-    assert done[-1] == 101
-    loop.is_closed = True
-    runtime.hand_in(cast(Any, loop), partial(done.append, 102))
-    assert done[-1] == 102
+    assert done[103:] == [103]
+    hand_in(104)
+    assert done[104:] == [104]

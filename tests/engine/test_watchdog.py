@@ -83,6 +83,24 @@ async def test_a_loop_that_turns_is_left_alone_and_others_are_told_too(
     assert "something blocks it in line" in line
 
 
+async def test_a_long_turn_of_many_short_steps_is_blamed_on_none_of_them(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As in a process full of task runs, where each system call waits for Python's lock."""
+
+    async def short() -> None:
+        time.sleep(0.01)  # noqa: ASYNC251 - that is the point
+
+    metrics = Metrics(CollectorRegistry())
+    with caplog.at_level(logging.WARNING, LOGGER), watching(metrics, limit=0.4):
+        await asyncio.sleep(0.2)
+        await asyncio.gather(*(short() for _ in range(100)))
+        await asyncio.sleep(0.2)
+    assert metrics.value("blocked_total", plugin="", op="") == 1
+    [line] = [r.getMessage() for r in caplog.records if r.name == LOGGER]
+    assert "each of its steps is short" in line
+
+
 async def test_the_time_of_the_collector_is_nobodys_fault() -> None:
     metrics = Metrics(CollectorRegistry())
     with watching(metrics, limit=0.2):

@@ -31,11 +31,13 @@ async def swept(
     config: Mapping[str, Any] | None = None,
     settings: Mapping[str, Any] | None = None,
     store: type[SqlStore] = SqlStore,
+    speed: float = 20,
     **options: Any,
 ) -> SweepReport:
     """What one pass of a process of its own does with the ledger in `folder`; it knows `run-1` as crashed.
 
-    Its clock runs 20 times faster, and when it begins, `orphan_after` (a second of that clock) is over.
+    Its clock runs `speed` times faster, so a pass waits 20 s / `speed` for the next job to be gone. When it begins,
+    `orphan_after` (a second of that clock) is over.
     """
     runs = GivenRuns({"run-1": CRASHED} if fates is None else fates)
     given: dict[str, Any] = {"orphanAfter": "1s", **(settings or {})}
@@ -46,7 +48,7 @@ async def swept(
         runs=runs,
         store=store,
         sweeps=False,
-        speed=20,
+        speed=speed,
         **given,
     ) as host:
         clock = await asyncio.wrap_future(host.perform(_clock))

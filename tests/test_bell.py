@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from prefect_webapi._prefect.bell import Bell
+from prefect_webapi.bell import Bell
 
 
 async def test_who_rings_from_a_thread_wakes_who_waits() -> None:
