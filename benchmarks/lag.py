@@ -88,7 +88,7 @@ async def _ours(
 
     async def take(observation: Observation) -> None:
         if not observation.resource:
-            poller.again(observation.watched, end=durations.end(*TASK))
+            poller.again(observation.watched, ends=durations.ends(*TASK))
             return
         lags.append(clock.monotonic() - observation.watched.context)
         age = poller.age(observation.watched)
@@ -101,8 +101,8 @@ async def _ours(
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(poller.run)
         for length in lengths:
-            ends_at, end = clock.monotonic() + length, durations.end(*TASK)
-            poller.watch(None, ends_at, expected=expected, end=end, is_known=is_known)
+            ends_at, ends = clock.monotonic() + length, durations.ends(*TASK)
+            poller.watch(None, ends_at, expected=expected, ends=ends, is_known=is_known)
             if pause:
                 await asyncio.sleep(pause)
     return _figures(lags, reads)

@@ -181,7 +181,7 @@ class Poller:
         *,
         age: float = 0.0,
         expected: float = 0.0,
-        end: float = 0.0,
+        ends: Sequence[float] = (),
         is_known: bool = False,
         is_one_of_many: bool = False,
     ) -> Watched:
@@ -189,7 +189,7 @@ class Poller:
 
         Args:
             age: of the job, in seconds. expected: the age before which it will hardly end; 0: nobody knows.
-            end: the age at which it will probably be over; 0: nobody knows.
+            ends: ages at which it may be over, the next of which is waited for; empty: nobody knows.
             is_known: how it stands now is known, so that the first read is due after a gap and not at once.
             is_one_of_many: more of them may come at this moment, so that their first reads are spread over the first
                 gap of a new job.
@@ -197,17 +197,17 @@ class Poller:
         watched = Watched(token, context, self._clock.monotonic() - age, expected)
         self._watched += 1
         if is_known:
-            self._plan(watched, age, end)
+            self._plan(watched, age, ends)
         else:
             self._push(watched, chance.uniform(0, self.policy.initial) if is_one_of_many else 0.0)
         return watched
 
-    def again(self, watched: Watched, *, failed: bool = False, end: float = 0.0) -> None:
-        """Plan the next read of a job whose observation was taken; `end` as for `watch`."""
+    def again(self, watched: Watched, *, failed: bool = False, ends: Sequence[float] = ()) -> None:
+        """Plan the next read of a job whose observation was taken; `ends` as for `watch`."""
         if not watched.wanted or watched.in_flight:
             return
         watched.failures = watched.failures + 1 if failed else 0
-        self._plan(watched, self.age(watched), end)
+        self._plan(watched, self.age(watched), ends)
 
     def retry_at(self, watched: Watched, delay: float) -> None:
         """Plan the next read without touching the failure count: a throttled read is no failure. It is never early."""
@@ -296,12 +296,13 @@ class Poller:
         if observation.watched.wanted:
             await self._deliver(observation)
 
-    def _plan(self, watched: Watched, age: float, end: float) -> None:
-        """The read that would come next, or at the foreseen end if that is before."""
+    def _plan(self, watched: Watched, age: float, ends: Sequence[float]) -> None:
+        """The read that would come next, or at a foreseen end if that is before."""
         delay = next_delay(
             self.policy, age=age, failures=watched.failures, expected=watched.expected
         )
         delay *= chance.uniform(1 - JITTER, 1)
+        end = next((end for end in ends if end > age), age)
         watched.is_exact = not watched.failures and age < end < age + delay
         self._push(watched, end - age if watched.is_exact else delay)
 

@@ -187,25 +187,27 @@ def test_a_job_is_read_when_its_end_is_foreseen(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("prefect_webapi.poller.chance.uniform", _highest)
     clock = Still()
     poller = Poller(POLICY, Scripted(fine), cast(Any, None), clock)
-    watched = poller.watch("job", "job", is_known=True, end=5.0)
+    watched = poller.watch("job", "job", is_known=True, ends=[4.1, 5.0])
     due: list[tuple[float, bool]] = []
     for clock.now_at, failed in (
         (0.0, False),
         (4.0, False),
+        (4.1, False),
         (4.2, False),
         (5.0, False),
         (4.2, True),
     ):
-        poller.again(watched, failed=failed, end=5.0)
+        poller.again(watched, failed=failed, ends=[4.1, 5.0])
         due.append((watched.due, watched.is_exact))
     assert due == [
         (1.0, False),
-        (5.0, False),
+        (pytest.approx(4.1), True),
+        (5.0, True),
         (5.0, True),
         (6.0, False),
         (pytest.approx(11.7), False),
     ]
-    assert poller.watch("new", "new", is_known=True, end=0.5).due == pytest.approx(4.2 + 0.5)
+    assert poller.watch("new", "new", is_known=True, ends=[0.5]).due == pytest.approx(4.2 + 0.5)
 
 
 def test_the_first_reads_of_many_jobs_are_spread_over_the_first_gap() -> None:

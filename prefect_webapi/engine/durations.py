@@ -23,6 +23,10 @@ LATEST, FEWEST = 20, 3
 """The end of the next job is foreseen from so many that ended last, and from so many at least."""
 ALIKE = 0.1
 """They are of one length if they differ by no more than this share of it."""
+SURE = 0.02
+"""A length that is known to this share of it is not looked for more closely."""
+AGAIN = 0.05
+"""A job that lives on when it should be over is looked at again this share of its age later."""
 
 
 class _Sample:
@@ -33,7 +37,7 @@ class _Sample:
         self._told = len(self.seconds)
         self._expected: float | None = None
         self._latest = deque[tuple[float, float]](maxlen=LATEST)
-        self._end: float | None = None
+        self._ends: tuple[float, ...] | None = None
 
     def add(self, alive: float, over: float) -> None:
         seconds = round((alive + over) / 2, 3)
@@ -42,7 +46,7 @@ class _Sample:
             self.seconds.append(seconds)
         elif (place := chance.randrange(self._told)) < SAMPLE:
             self.seconds[place] = seconds
-        self._expected = self._end = None
+        self._expected = self._ends = None
         self._latest.append((alive, over))
 
     @property
@@ -52,16 +56,19 @@ class _Sample:
         return self._expected
 
     @property
-    def end(self) -> float:
-        if self._end is None:
-            self._end = self._foreseen() if len(self._latest) >= FEWEST else 0.0
-        return self._end
+    def ends(self) -> tuple[float, ...]:
+        if self._ends is None:
+            self._ends = self._foreseen() if len(self._latest) >= FEWEST else ()
+        return self._ends
 
-    def _foreseen(self) -> float:
+    def _foreseen(self) -> tuple[float, ...]:
         alive = max(alive for alive, _ in self._latest)
         over = min(over for _, over in self._latest)
-        end = max(alive, over)
-        return end if alive - over <= ALIKE * end else 0.0
+        if alive - over > ALIKE * alive:
+            return ()
+        end = over if over > alive else alive * (1 + SURE)
+        sooner = ((alive + over) / 2,) if over - alive > SURE * over else ()
+        return *sooner, end, end * (1 + AGAIN)
 
 
 class Durations:
@@ -92,10 +99,15 @@ class Durations:
         sample = self._of.get((plugin, task))
         return 0.0 if sample is None else sample.expected
 
-    def end(self, plugin: str, task: str) -> float:
-        """The age in seconds by which the last jobs of the task in this process were over; 0: their lengths differ."""
+    def ends(self, plugin: str, task: str) -> Sequence[float]:
+        """The ages in seconds at which the next job may be over, judged by the last ones in this process.
+
+        The last but one of them is that by which it should be. One before it is tried to know their length better,
+        which takes a few jobs one read more each; one after it is for a job that takes a little longer. None: nobody
+        knows, or their lengths differ.
+        """
         sample = self._of.get((plugin, task))
-        return 0.0 if sample is None else sample.end
+        return () if sample is None else sample.ends
 
     def news(self) -> Mapping[tuple[str, str], Sequence[float]]:
         """Those of each task about which something new was told since the last time."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -81,14 +82,14 @@ class Observer:
             job,
             age=0.0 if fresh else self._age(job),
             expected=self._durations.expected(*_task_of(job)) if _is_wanted(job) else 0.0,
-            end=self._end(job),
+            ends=self._ends(job),
             is_known=is_known,
             is_one_of_many=is_resumed,
         )
         job.drop_view()
 
-    def _end(self, job: Job) -> float:
-        return self._durations.end(*_task_of(job)) if _is_wanted(job) else 0.0
+    def _ends(self, job: Job) -> Sequence[float]:
+        return self._durations.ends(*_task_of(job)) if _is_wanted(job) else ()
 
     def _note_end(self, job: Job, read: Observation) -> None:
         """Its length as we saw it, not as the service says: its clock is another."""
@@ -134,7 +135,7 @@ class Observer:
             self._read_failed(job, observation, failure)
             return
         if not over:
-            poller.again(observation.watched, end=self._end(job))
+            poller.again(observation.watched, ends=self._ends(job))
             job.rest()
 
     async def judge_first(self, job: Job, snapshot: Any) -> bool:
