@@ -61,7 +61,9 @@ def test_only_news_are_told_and_can_be_read_back() -> None:
         pytest.param([(4.0, 5.0), (5.1, 5.6), (4.9, 5.9)], [5.202, 5.4621], id="nearly one length"),
         pytest.param([(4.0, 5.0), (5.7, 6.2), (4.9, 5.9)], [], id="lengths that differ"),
         pytest.param([(4.0, 5.2), (4.5, 5.1)], [], id="too few"),
-        pytest.param([(50.0, 51.0), *[(5.4, 5.5)] * LATEST], [5.5, 5.775], id="one that was long ago"),
+        pytest.param(
+            [(50.0, 51.0), *[(5.4, 5.5)] * LATEST], [5.5, 5.775], id="one that was long ago"
+        ),
         pytest.param([(50.0, 51.0), *[(5.4, 5.5)] * (LATEST - 1)], [], id="one of the latest"),
     ],
 )
