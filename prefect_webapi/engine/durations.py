@@ -64,11 +64,16 @@ class _Sample:
     def _foreseen(self) -> tuple[float, ...]:
         alive = max(alive for alive, _ in self._latest)
         over = min(over for _, over in self._latest)
-        if alive - over > ALIKE * alive:
+        end = max(alive, over)
+        if alive - over > ALIKE * end:
             return ()
-        end = over if over > alive else alive * (1 + SURE)
-        sooner = ((alive + over) / 2,) if over - alive > SURE * over else ()
-        return *sooner, end, end * (1 + AGAIN)
+        if alive - over > SURE * end:
+            return (end,)
+        if over - alive > SURE * end:
+            return (alive + over) / 2, over
+        if alive >= over:
+            end *= 1 + SURE
+        return end, end * (1 + AGAIN)
 
 
 class Durations:
@@ -102,9 +107,8 @@ class Durations:
     def ends(self, plugin: str, task: str) -> Sequence[float]:
         """The ages in seconds at which the next job may be over, judged by the last ones in this process.
 
-        The last but one of them is that by which it should be. One before it is tried to know their length better,
-        which takes a few jobs one read more each; one after it is for a job that takes a little longer. None: nobody
-        knows, or their lengths differ.
+        Two where their length is not well known: the first is tried to know it better, which takes a few jobs one read
+        more each; or where it is: the second is for one that takes a little longer. None: nobody knows, or they differ.
         """
         sample = self._of.get((plugin, task))
         return () if sample is None else sample.ends
