@@ -71,7 +71,7 @@ class _Sample:
             return (end,)
         if over - alive > SURE * end:
             return (alive + over) / 2, over
-        if alive >= over:
+        if alive >= over:  # at that very age one was alive
             end *= 1 + SURE
         return end, end * (1 + AGAIN)
 
@@ -107,8 +107,9 @@ class Durations:
     def ends(self, plugin: str, task: str) -> Sequence[float]:
         """The ages in seconds at which the next job may be over, judged by the last ones in this process.
 
-        Two where their length is not well known: the first is tried to know it better, which takes a few jobs one read
-        more each; or where it is: the second is for one that takes a little longer. None: nobody knows, or they differ.
+        One where their lengths are nearly the same. Two where they are the same: as long as it is not well known the
+        first is tried to know it better, which takes a few jobs one read more each; then the second is for a job that
+        takes a little longer. None: nobody knows, or they differ.
         """
         sample = self._of.get((plugin, task))
         return () if sample is None else sample.ends
