@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+import math
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -30,6 +31,8 @@ BATCH_SLACK = 0.2
 COMPANY_SLACK = 0.05
 """Share of a job's gap by which it may be read early because others are read at that moment: of a thousand jobs each
 would have the process wake up for it alone."""
+GATHERED_SHARE = 0.01
+"""Share of a job's foreseen age at its end by which the read for it may be late, to be one with those of others."""
 EASED_SECONDS, EASED_GAP = 1.0, 0.01
 """For so long a process that takes up jobs by the hundred reads no more often than that: who is not taken up yet is
 looked after by nobody."""
@@ -304,7 +307,16 @@ class Poller:
         delay *= chance.uniform(1 - JITTER, 1)
         end = next((end for end in ends if end > age), age)
         watched.is_exact = not watched.failures and age < end < age + delay
-        self._push(watched, end - age if watched.is_exact else delay)
+        self._push(watched, self._until_end(watched, end) if watched.is_exact else delay)
+
+    def _until_end(self, watched: Watched, end: float) -> float:
+        """Seconds. Jobs that began one after the other end so; where a read is of many, those of a moment share one."""
+        due = watched.born + end
+        if self.policy.max_batch > 1:
+            # A power of two: moments for ages that differ a little fall on one another.
+            step = 2.0 ** math.floor(math.log2(end * GATHERED_SHARE))
+            due = math.ceil(due / step) * step
+        return due - self._clock.monotonic()
 
     def _push(self, watched: Watched, delay: float) -> None:
         now = self._clock.monotonic()

@@ -210,6 +210,32 @@ def test_a_job_is_read_when_its_end_is_foreseen(monkeypatch: pytest.MonkeyPatch)
     assert poller.watch("new", "new", is_known=True, ends=[0.5]).due == pytest.approx(4.2 + 0.5)
 
 
+@pytest.mark.parametrize(("max_batch", "requests"), [(1, 300), (50, 11)])
+def test_the_foreseen_ends_of_a_moment_are_read_together(max_batch: int, requests: int) -> None:
+    """Jobs of one length that begin one after the other: a service that can be asked for fifty is not asked for each.
+
+    The ends in one hundredth of their age share a read, none of them is read early, nor later than that.
+    """
+    clock, length = Still(), 8.0
+    policy = ReadingPolicy(initial=10.0, longest=30.0, workers=1, max_batch=max_batch)
+    poller = Poller(policy, Scripted(fine), cast(Any, None), clock)
+    lengths = [
+        length + n % 3 / 1000 for n in range(300)
+    ]  # what is foreseen changes a little from end to end
+    for n, each in enumerate(lengths):
+        clock.now_at = 1000 + n / 500
+        poller.watch(1000 + n / 500 + each, n, is_known=True, ends=[each])
+    read, late = 0, list[float]()
+    while poller._heap:  # pyright: ignore[reportPrivateUsage]
+        clock.now_at = poller._heap[0].due  # pyright: ignore[reportPrivateUsage]
+        taken = poller._take()  # pyright: ignore[reportPrivateUsage]
+        read += 1
+        late += [clock.now_at - watched.token for watched in taken]
+    assert read == requests
+    assert min(late) >= -1e-9
+    assert max(late) <= (length * 0.01 if max_batch > 1 else 1e-9)
+
+
 def test_the_first_reads_of_many_jobs_are_spread_over_the_first_gap() -> None:
     """A process that ended may have left a hundred thousand."""
     clock = Still()
