@@ -102,7 +102,7 @@ COMING_IN, COMING_BACK, TOGETHER = 400, 1_000, 100
 for long, and has the next ones ready when the ledger has answered. Who finds a job that was left behind needs no task,
 so that more of them may come.
 """
-ENTERED_AT_ONCE = 50
+ENTERED_AT_ONCE = 25
 """Calls that are helped on their way before others get their turn of the loop."""
 TO_BE_SENT = 1_000
 """Jobs of a connection that wait with a task each for a permit, to be made or to be deleted; and of each set of quotas
@@ -146,6 +146,9 @@ class Runtime:
             self._open,
         )
         self._parties: set[asyncio.Event] = set()
+        self._helping = (
+            asyncio.Lock()
+        )  # of one party at a time: a portion of each makes a long turn
         self._ended: dict[Call, Ending] = {}
         self._inbox: deque[Callable[[], None]] = deque()
         self._mail = Bell()
@@ -510,12 +513,13 @@ class Runtime:
             except Exception as error:  # noqa: BLE001 - each meets it again by himself, and hears of it
                 logger.debug("%s calls enter one by one: %r", len(calls), error)
             self._make_way(calls, met)
-            async for call in in_portions(calls, ENTERED_AT_ONCE):
-                meeting = met.get(call)
-                if meeting is not None and self._resumes(call, meeting):
-                    self._entrance.leave(call)
-                else:  # it begins before those that wait for the party
-                    self._tasks.start_soon(self._enter, call, meeting)
+            async with self._helping:
+                async for call in in_portions(calls, ENTERED_AT_ONCE):
+                    meeting = met.get(call)
+                    if meeting is not None and self._resumes(call, meeting):
+                        self._entrance.leave(call)
+                    else:  # it begins before those that wait for the party
+                        self._tasks.start_soon(self._enter, call, meeting)
         finally:
             self._parties.discard(is_over)
             is_over.set()

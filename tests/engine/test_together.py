@@ -6,6 +6,7 @@ import asyncio
 import json
 import threading
 import time
+from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -178,6 +179,65 @@ async def test_little_is_read_while_a_crowd_is_taken_up(
         outcomes = await ends(calls(host, "2"))
         assert time.monotonic() - began >= 0.05 * (JOBS - 5 - 1)  # the first few may come alone
     assert [each.value.data for each in outcomes if isinstance(each, Outcome)] == list(range(JOBS))
+
+
+class AtOnce(SqlStore):
+    """All parties get their answers at one moment."""
+
+    parties = 0
+    are_here: asyncio.Event
+
+    async def intents(self, drafts: Sequence[Draft]) -> Sequence[Drawn | LedgerError]:
+        if not AtOnce.parties:
+            AtOnce.are_here = asyncio.Event()
+        drawn = await super().intents(drafts)
+        AtOnce.parties += 1
+        if AtOnce.parties == PARTIES:
+            AtOnce.are_here.set()
+        await AtOnce.are_here.wait()
+        return drawn
+
+
+PARTIES, EACH, PORTION = 5, 20, 4
+
+
+async def test_parties_that_are_answered_at_one_moment_do_not_hold_the_loop_up_together(
+    job_server: EmbeddedJobServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of them is helped on its way at a time, a portion in a turn."""
+    begun = Counter[int]()
+    turn = 0
+    enter = Runtime._enter  # pyright: ignore[reportPrivateUsage] # no public way
+
+    async def counted(self: Runtime, *given: Any) -> None:
+        begun[turn] += 1
+        await enter(self, *given)
+
+    async def count(_: Runtime) -> None:
+        nonlocal turn
+        while begun.total() < PARTIES * EACH:
+            turn += 1
+            await asyncio.sleep(0)
+
+    monkeypatch.setattr(Runtime, "_enter", counted)
+    monkeypatch.setattr(AtOnce, "parties", 0)
+    monkeypatch.setattr("prefect_webapi.engine.runtime.TOGETHER", EACH)
+    monkeypatch.setattr("prefect_webapi.engine.runtime.ENTERED_AT_ONCE", PORTION)
+    with at(tmp_path, job_server, store=AtOnce, sweeps=False) as host:
+        done = host.perform(count)
+        specs = [ReportJob(seconds=0, day=day) for day in range(PARTIES * EACH)]
+
+        async def come(_: Runtime) -> list[Ticket]:
+            return calls(host, "1", specs)
+
+        tickets = host.perform(come).result(10)
+        outcomes = await ends(tickets)
+        done.result(10)
+    assert all(isinstance(each, Outcome) for each in outcomes)
+    assert job_server.stats().created == len(specs)
+    assert (
+        max(begun.values()) <= 2 * PORTION
+    )  # of two turns, the counter's own place in them is unknown
 
 
 class Awaited(SqlStore):
