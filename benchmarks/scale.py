@@ -75,7 +75,7 @@ from prefect_webapi.settings import WebApiSettings
 from tests.support.engine import engine, request
 
 SIZES, QUICK_SIZES = (100, 1_000, 10_000, 100_000), (1_000,)
-GAP_SECONDS, QUICK_GAP_SECONDS = 30, 3
+GAP_SECONDS, QUICK_GAP_SECONDS = 30, 5
 FEW, GAPS_OF_FEW = 1_000, 3
 PROBED_SECONDS = 2.0
 GIVE_UP_SECONDS = 1_800.0
