@@ -68,7 +68,7 @@ from tests.support.engine import engine, request
 AT_ONCE, BATCHES_AT_ONCE = 10, 2
 JOBS, DATABRICKS_RUNS = 500, 24
 SECONDS, QUICK_SECONDS = 8.0, 1.0
-WAITING_FLOWS, VENDOR_SECONDS, QUICK_VENDOR_SECONDS = 4, 16.0, 2.0
+WAITING_FLOWS, VENDOR_SECONDS, QUICK_VENDOR_SECONDS = 4, 16.0, 4.0
 GAP_SECONDS, READY_SECONDS = 0.001, 60.0
 _direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 BARE, OURS = "bare httpx", "whole stack"

@@ -219,9 +219,8 @@ def test_the_foreseen_ends_of_a_moment_are_read_together(max_batch: int, request
     clock, length = Still(), 8.0
     policy = ReadingPolicy(initial=10.0, longest=30.0, workers=1, max_batch=max_batch)
     poller = Poller(policy, Scripted(fine), cast(Any, None), clock)
-    lengths = [
-        length + n % 3 / 1000 for n in range(300)
-    ]  # what is foreseen changes a little from end to end
+    # What is foreseen changes a little from end to end.
+    lengths = [length + n % 3 / 1000 for n in range(300)]
     for n, each in enumerate(lengths):
         clock.now_at = 1000 + n / 500
         poller.watch(1000 + n / 500 + each, n, is_known=True, ends=[each])

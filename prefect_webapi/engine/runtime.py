@@ -146,9 +146,8 @@ class Runtime:
             self._open,
         )
         self._parties: set[asyncio.Event] = set()
-        self._helping = (
-            asyncio.Lock()
-        )  # of one party at a time: a portion of each makes a long turn
+        # One party is helped on its way at a time: a portion of each would make a long turn.
+        self._helping = asyncio.Lock()
         self._ended: dict[Call, Ending] = {}
         self._inbox: deque[Callable[[], None]] = deque()
         self._mail = Bell()

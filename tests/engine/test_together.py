@@ -235,9 +235,8 @@ async def test_parties_that_are_answered_at_one_moment_do_not_hold_the_loop_up_t
         done.result(10)
     assert all(isinstance(each, Outcome) for each in outcomes)
     assert job_server.stats().created == len(specs)
-    assert (
-        max(begun.values()) <= 2 * PORTION
-    )  # of two turns, the counter's own place in them is unknown
+    # A count may be of two turns: where in them the counter has its place is unknown.
+    assert max(begun.values()) <= 2 * PORTION
 
 
 class Awaited(SqlStore):
