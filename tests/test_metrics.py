@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import urllib.request
+from itertools import count
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -22,6 +23,7 @@ from prefect.utilities.services import start_client_metrics_server, stop_client_
 from prometheus_client import REGISTRY, CollectorRegistry, generate_latest, start_http_server
 
 from prefect_webapi._prefect import service
+from prefect_webapi.engine.host import Ticket
 from prefect_webapi.metrics import METRICS, SERIES_PER_METRIC, Metrics, served
 from prefect_webapi.testing import EmbeddedJobServer
 from prefect_webapi_jobserver import ReportJob, run_job
@@ -275,6 +277,39 @@ async def test_the_counters_move_with_the_jobs(
     assert 0 < gaps < reads  # a read at once, after the delete, has none before it
     for name in ("evictions_total", "ledger_conflicts_total", "held_slots", "pending_cancels"):
         assert metrics.value(name) == 0
+
+
+async def test_jobs_are_counted_by_plugin_and_those_that_must_be_deleted_apart(
+    job_server: EmbeddedJobServer,
+    tmp_path: Path,
+    registry: CollectorRegistry,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """CASE-245: in portions, each of which is counted."""
+    monkeypatch.setattr("prefect_webapi.engine.runtime.COUNTED_AT_ONCE", 2)
+    metrics = Metrics(registry)
+    with at(tmp_path, job_server, metrics=metrics) as host:
+
+        def start(task_type: str) -> Ticket:
+            spec = ReportJob(outcome="never")
+            return host.admit(request(spec, task_type=task_type, task_run=str(next(numbers))))
+
+        def counted(name: str) -> list[float]:
+            return [metrics.value(name, plugin=plugin) for plugin in ("single", "keys")]
+
+        numbers = count()
+        single, keys = [start("single") for _ in range(5)], [start("keys") for _ in range(3)]
+        await eventually(lambda: job_server.stats().created == 8, within=10)
+        assert await eventually(lambda: counted("tracked_jobs") == [5, 3], within=10)
+        assert counted("pending_cancels") == [0, 0]
+        job_server.fault("delete", status=503, times=1000)
+        for ticket in [*single[:3], keys[0]]:
+            ticket.cancel("enough")
+        assert await eventually(lambda: counted("pending_cancels") == [3, 1], within=10)
+        assert counted("tracked_jobs") == [5, 3]
+        job_server.clear_faults()
+        assert await eventually(lambda: counted("tracked_jobs") == [2, 2], within=30)
+        assert counted("pending_cancels") == [0, 0]
 
 
 def _last(server: EmbeddedJobServer) -> int | None:
