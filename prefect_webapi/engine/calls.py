@@ -279,7 +279,7 @@ class Calls:
         began = clock.monotonic()
         try:
             async with self._services.plugins.use(loaded) as loaded:
-                with anyio.fail_after(clock.real(limit.total_seconds())):
+                async with asyncio.timeout(clock.real(limit.total_seconds())):
                     return await self._run(loaded, partial(getattr(loaded.plugin, name), argument))
         except BaseException as error:
             if is_cancelled(error):
