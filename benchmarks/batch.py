@@ -40,6 +40,7 @@ from prefect_webapi.engine.host import Ticket
 from prefect_webapi_jobserver import JobServer, ReportJob
 from prefect_webapi_jobserver.plugin import JobServerPlugin
 from tests.support.engine import engine, request
+from tests.support.waiting import eventually_blocking
 
 SIZES, QUICK_SIZES = (1_000, 10_000), (1_000,)
 GAP_SECONDS = 5
@@ -83,10 +84,7 @@ def watched(url: str, jobs: int, at_once: int) -> Figures:
             )
             for n in range(jobs)
         ]
-        end = time.monotonic() + READY_SECONDS
-        while tracked(host) < jobs:
-            assert time.monotonic() < end, service.stats()
-            time.sleep(0.1)
+        eventually_blocking(lambda: tracked(host) >= jobs, within=READY_SECONDS, every=0.1)
         before = service.stats()
         with using(figures):
             time.sleep(GAP_SECONDS)

@@ -64,6 +64,7 @@ from prefect_webapi_jobserver.models import JobView
 from prefect_webapi_jobserver.plugin import JobServerPlugin
 from tests.servers.databricks import API, TOKEN
 from tests.support.engine import engine, request
+from tests.support.waiting import eventually_blocking
 
 AT_ONCE, BATCHES_AT_ONCE = 10, 2
 JOBS, DATABRICKS_RUNS = 500, 24
@@ -213,17 +214,11 @@ def _watched(
 
 def _make(host: Host, specs: Sequence[JobSpec[Any]], read: Callable[[], float]) -> None:
     """All of them, each read at least once; the first one brings the channel whose gaps are cut."""
-    silent = Silent()
+    silent, until = Silent(), partial(eventually_blocking, within=READY_SECONDS, every=0.1)
 
     def admit(numbers: Iterable[int]) -> None:
         for n in numbers:
             host.admit(request(specs[n], task_type="polled", task_run=str(n), reporter=silent))
-
-    def until(is_so: Callable[[], bool]) -> None:
-        end = time.monotonic() + READY_SECONDS
-        while not is_so():
-            assert time.monotonic() < end, f"{read()} reads, {tracked(host)} jobs"
-            time.sleep(0.1)
 
     admit([0])
     until(lambda: tracked(host) == 1)

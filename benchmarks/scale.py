@@ -73,6 +73,7 @@ from prefect_webapi.engine.runtime import Runtime
 from prefect_webapi.metrics import Metrics
 from prefect_webapi.settings import WebApiSettings
 from tests.support.engine import engine, request
+from tests.support.waiting import eventually_blocking
 
 SIZES, QUICK_SIZES = (100, 1_000, 10_000, 100_000), (1_000,)
 GAP_SECONDS, QUICK_GAP_SECONDS = 30, 5
@@ -83,6 +84,7 @@ GC_THRESHOLD: int = WebApiSettings.model_fields["gc_threshold"].default
 SLOW_WRITES: Limiter = {"qps": 5, "burst": 5}
 LOOKS_SECONDS = 0.1
 """So often what is waited for is looked at: that takes the engine's time, too."""
+_until = partial(eventually_blocking, within=GIVE_UP_SECONDS, every=LOOKS_SECONDS)
 SNAPSHOTS = 100_000
 FLAT_FROM, FLAT_TO = 1_000, 100_000
 
@@ -289,15 +291,6 @@ def _blocks(probe: LoopProbe) -> Figures:
         "its CPU ms": 1000 * probe.longest_cpu,
         "collector ms": 1000 * probe.collector,
     }
-
-
-def _until(is_so: object) -> None:
-    assert callable(is_so)
-    end = time.monotonic() + GIVE_UP_SECONDS
-    while not is_so():
-        if time.monotonic() > end:
-            raise TimeoutError(f"not so within {GIVE_UP_SECONDS:g} s")
-        time.sleep(LOOKS_SECONDS)
 
 
 SHOWN = (

@@ -151,7 +151,7 @@ class Calls:
             info: Any = plugin.status(view)
             if inspect.isawaitable(info):
                 limit = self._timeout(now, "status")
-                with anyio.fail_after(self._services.clock.real(limit.total_seconds())):
+                async with asyncio.timeout(self._services.clock.real(limit.total_seconds())):
                     info = await info
             return _told_of(now, view, info, told)
         except BaseException as error:

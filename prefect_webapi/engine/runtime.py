@@ -15,7 +15,6 @@ from collections.abc import Awaitable, Callable, Coroutine, Hashable, Mapping, S
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from operator import attrgetter
 from typing import Any, Literal, TypeVar
 
 import anyio
@@ -115,9 +114,6 @@ COMING_TO_END = 500
 """Jobs of a connection whose results are fetched and written down at one time, and so many each of other ends and of
 duties to delete: as many as the ledger takes in one transaction. The collector looks at what each of them holds."""
 SYNC_GRACE_SECONDS = 0.5
-
-_PLUGIN_OF = attrgetter("record.plugin")
-"""Of a job; a function in C, since many are asked."""
 
 
 class Runtime:
@@ -1214,12 +1210,9 @@ class Runtime:
     async def _gauge(self) -> None:
         """Say how many jobs this process looks after, and how many of them must still be deleted."""
         tracked, ending = Counter[str](), Counter[str]()
-        jobs = list(self._jobs.values())
-        for first in range(0, len(jobs), COUNTED_AT_ONCE):
-            some = jobs[first : first + COUNTED_AT_ONCE]
-            tracked.update(map(_PLUGIN_OF, some))
-            ending.update(_PLUGIN_OF(job) for job in some if job.ending is not None)
-            await asyncio.sleep(0)
+        async for job in in_portions(list(self._jobs.values()), COUNTED_AT_ONCE):
+            tracked[job.record.plugin] += 1
+            ending[job.record.plugin] += job.ending is not None
         for plugin in {channel.loaded.entry.id for channel in self._channels}:
             self._services.metrics.set("tracked_jobs", tracked[plugin], plugin=plugin)
             self._services.metrics.set("pending_cancels", ending[plugin], plugin=plugin)
